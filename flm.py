@@ -1,0 +1,925 @@
+"""Flow language model (FLM): text written all at once, by following a flow from Gaussian noise to one-hot tokens.
+
+    python flm.py                                            # train on the embedded words, then write new ones
+    python flm.py --dataset sotu                             # speeches in byte-pair tokens
+    python flm.py --dataset my.txt --run-dir runs/mine       # any UTF-8 text, one document a line
+    python flm.py --sample --run-dir runs/words --sample-steps 64 --num-samples 20
+    torchrun --standalone --nproc_per_node=8 flm.py --dataset my.txt
+
+Paper: "One-step Language Modeling via Continuous Denoising", arXiv 2602.16813. t = 0 is noise and t = 1 is data, always.
+B, L, V, D: rows, positions, vocabulary, width. Lines that a GPT would not have are marked [FLM].
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import math
+import os
+import shutil
+import sys
+import time
+import zipfile
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Callable, Iterator
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import data
+from data import UserError
+
+# ------------------------------------------------------------------------------------------------------ 1. The clock
+
+
+def decodability(t: Tensor, V: int) -> Tensor:
+    """tau(t) = (V P - 1) / (V - 1), P the probability that the argmax of a noisy one-hot at time t is right.
+
+    P = E[Phi(z + t/(1-t))^(V-1)], z ~ N(0, 1): the right coordinate stands above V - 1 independent others. The trapezoid
+    rule on these nodes is exact to 1e-14. t: float64, in [0, 1). Runs from 0 to 1.
+    """
+    z = torch.linspace(-12, 12, 401, dtype=torch.float64)
+    log_phi = torch.special.log_ndtr(z + (t / (1 - t))[..., None])
+    P = (torch.exp((V - 1) * log_phi - z**2 / 2) / math.sqrt(2 * math.pi)).sum(-1) * (z[1] - z[0])
+    return (V * P - 1) / (V - 1)
+
+
+class Clock(nn.Module):
+    """[FLM] The decoding clock: time t as a function of tau, the chance that a noisy token is already decodable.
+
+    Uniform in t, most steps would pass where nothing or everything is decided; training and sampling are uniform in tau.
+    A table over t, inverted by linear interpolation on the device that asks.
+    """
+
+    def __init__(self, V: int, nodes: int = 4096):
+        super().__init__()
+        t = torch.arange(nodes, dtype=torch.float64) / nodes
+        tau = decodability(t, V).float()
+        tau[0] = 0
+        rising = tau > torch.cat([tau.new_tensor([-1.0]), tau.cummax(0).values[:-1]])  # tau saturates before t = 1
+        rising &= tau < 1
+        one = tau.new_ones(1)
+        self.register_buffer("tau_nodes", torch.cat([tau[rising], one]), persistent=False)
+        self.register_buffer("t_nodes", torch.cat([t[rising].float(), one]), persistent=False)
+
+    def t(self, tau: Tensor) -> Tensor:
+        """t(tau), float32, of any shape; t(0) = 0 and t(1) = 1 exactly."""
+        return interpolate(tau, self.tau_nodes, self.t_nodes)
+
+    def tau(self, t: Tensor) -> Tensor:
+        """tau(t), the inverse of t(tau)."""
+        return interpolate(t, self.t_nodes, self.tau_nodes)
+
+
+def interpolate(x: Tensor, x_nodes: Tensor, y_nodes: Tensor) -> Tensor:
+    """The piecewise linear function through increasing nodes, at x (any shape)."""
+    i = torch.searchsorted(x_nodes, x.contiguous(), right=True).clamp(1, len(x_nodes) - 1)
+    x0, x1, y0, y1 = x_nodes[i - 1], x_nodes[i], y_nodes[i - 1], y_nodes[i]
+    return y0 + (y1 - y0) * ((x - x0) / (x1 - x0))
+
+
+# ------------------------------------------------------------------------------------ 2. Randomness, row by row
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of a global batch these are. All their randomness is a pure function of (seed, step, row), so that any
+    number of processes and micro-batches sees the same batch, and resuming needs no state.
+
+    tau fixes the time of all rows (evaluation); None draws it, stratified over the `total` rows of the batch.
+    """
+
+    seed: int
+    step: int
+    index: range
+    total: int
+    tau: float | None = None
+
+    def draw(self, L: int, dims: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """tau (B,) and white noise (B, L, dims), float32."""
+        generator = torch.Generator(device)
+        tau = torch.empty(len(self.index), device=device)
+        white = torch.empty(len(self.index), L, dims, device=device)
+        for i, row in enumerate(self.index):
+            generator.manual_seed(mix(self.seed, self.step, row))
+            tau[i : i + 1].uniform_(generator=generator)
+            white[i].normal_(generator=generator)
+        if self.tau is None:  # [FLM] stratified: one draw in each of `total` equal strata
+            first = torch.arange(self.index.start, self.index.stop, device=device)
+            return (first + tau) / self.total, white
+        return torch.full_like(tau, self.tau), white
+
+
+def mix(*numbers: int) -> int:
+    """Hashes integers to a 32-bit seed (a CPU generator reads no more); each round is murmur3's finaliser."""
+    h = 0
+    for number in numbers:
+        h = (h ^ number ^ (number >> 32)) * 0x9E3779B1 & 0xFFFFFFFF
+        h = (h ^ h >> 16) * 0x85EBCA6B & 0xFFFFFFFF
+        h = (h ^ h >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
+        h ^= h >> 16
+    return h
+
+
+# ------------------------------------------------------------------------------------------- 3. Loss and sampler
+
+
+def flow_loss(model: nn.Module, tokens: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    """[FLM] The whole training objective: cross-entropy of the denoiser against the clean token, at a random time.
+
+    tokens (B, L) -> loss (B,) in nats a position, tau (B,).
+    """
+    tau, white = rows.draw(tokens.shape[1], model.noise_dims, tokens.device)
+    t = model.clock.t(tau)[:, None, None]
+    state = (1 - t) * model.noise(white) + t * model.clean(tokens)  # x_t, on the line from noise to data
+    return model(state, tau, targets=tokens).mean(1), tau
+
+
+def euler(denoiser: Callable[[Tensor, Tensor], Tensor], state: Tensor, clock: Clock, steps: int,
+          clean: Callable[[Tensor], Tensor] = lambda probs: probs, path: bool = False):
+    """[FLM] Follows the flow from t = 0 to t = 1 in Euler steps that are uniform in tau.
+
+    denoiser(state, tau (B,)) -> probs (B, L, V), the expectation of the clean one-hots; `clean` maps probs to the space
+    of the state. Returns the last probs, whose argmax is the text; with path=True also [(tau, state, probs), ...], what
+    each evaluation saw and said.
+    """
+    seen = []
+    taus = torch.linspace(0, 1, steps + 1, device=state.device)
+    ts = clock.t(taus)
+    for tau, t, t_next in zip(taus, ts, ts[1:]):
+        probs = denoiser(state, tau.expand(len(state)))
+        if path:
+            seen.append((tau, state, probs))
+        state = state + (t_next - t) / (1 - t) * (clean(probs) - state)  # velocity b_t = (D_t - x) / (1 - t)
+    return (probs, seen) if path else probs
+
+
+@torch.no_grad()
+def sample(model: nn.Module, n: int, steps: int, seed: int, batch: int = 256) -> Tensor:
+    """Writes n texts in `steps` network evaluations: tokens (n, L). Text i is a pure function of (seed, i, steps)."""
+    texts = []
+    for start in range(0, n, batch):
+        rows = Rows(seed, 0, range(start, min(start + batch, n)), n)
+        _, white = rows.draw(model.config.seq_len, model.noise_dims, model.device)
+        probs = euler(lambda state, tau: model(state, tau).softmax(-1), model.noise(white), model.clock, steps, model.clean)
+        texts.append(probs.argmax(-1).cpu())
+    return torch.cat(texts)
+
+
+# ---------------------------------------------------------------------------------------------- 4. The transformer
+
+
+class TimeEmbedding(nn.Module):
+    """tau (B,) -> (B, width): sinusoids of tau * scale, then a two-layer network."""
+
+    def __init__(self, width: int, scale: float):
+        super().__init__()
+        self.register_buffer("frequencies", scale * 10000 ** -(torch.arange(128) / 128), persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, tau: Tensor) -> Tensor:
+        angles = tau[:, None] * self.frequencies
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions, half-split: x (..., L, heads, 2k), cos and sin (L, 1, k)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, cap: float) -> Tensor:
+    """Attention over (B, heads, L, head width), scores soft-capped at `cap` if it is not 0.
+
+    Fused where that is faster: not on short rows on a CPU, nor with a cap.
+    """
+    if not cap and (q.is_cuda or q.shape[-2] > 64):
+        return F.scaled_dot_product_attention(q, k, v)
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if cap:
+        scores = cap * torch.tanh(scores / cap)
+    return scores.softmax(-1) @ v
+
+
+class LayerNorm(nn.Module):
+    """Layer norm with a weight and no bias, always in float32."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), self.weight.shape, self.weight)
+
+
+class Block(nn.Module):
+    """Attention and MLP; the time shifts, scales and gates both (adaLN). [FLM] no causal mask: all positions at once."""
+
+    def __init__(self, config: "Config"):
+        super().__init__()
+        D = config.width
+        self.heads, self.cap, self.dropout = config.heads, config.attention_cap, config.dropout
+        self.norm1, self.norm2 = LayerNorm(D), LayerNorm(D)
+        self.qkv = nn.Linear(D, 3 * D, bias=False)
+        self.out = nn.Linear(D, D, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(approximate="tanh"), nn.Linear(4 * D, D))
+        self.modulation = nn.Linear(config.cond_width, 6 * D)
+
+    def forward(self, x: Tensor, cond: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (B, L, D), cond (B, C) -> (B, L, D)."""
+        B, L, D = x.shape
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond)[:, None].float().chunk(6, dim=-1)
+        h = torch.addcmul(shift1, self.norm1(x), 1 + scale1)
+        q, k, v = self.qkv(h).view(B, L, 3, self.heads, D // self.heads).unbind(2)
+        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        h = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.cap)
+        h = self.out(h.transpose(1, 2).reshape(B, L, D))
+        x = torch.addcmul(x, gate1, F.dropout(h, self.dropout, self.training).float())
+        h = self.mlp(torch.addcmul(shift2, self.norm2(x), 1 + scale2))
+        return torch.addcmul(x, gate2, F.dropout(h, self.dropout, self.training).float())
+
+
+class Transformer(nn.Module):
+    """The network, which owns its state space: how noise and tokens become states, and how a state is read.
+
+    Two parameterisations of the same flow, `config.parameterization`:
+
+    linear (the paper's): the state is x_t E, with E (V, D) the input embedding. Noise drawn in D dimensions from
+    N(0, E^T E) has the law of eps E and every sampler step is linear in x_t, so nothing is ever V-dimensional but logits.
+
+    posterior (ours): the state is x_t in R^V. The network reads the embedding of what Bayes' rule alone knows of each
+    token, softmax(log p + c x_t), c = t/(1-t)^2, adds log p + c x_t to its logits, and learns only what context adds.
+    """
+
+    def __init__(self, config: "Config", V: int, log_p: Tensor):
+        super().__init__()
+        D = config.width
+        self.config, self.V, self.linear = config, V, config.parameterization == "linear"
+        self.noise_dims = D if self.linear and V > D else V
+        self.clock = Clock(V)
+        self.register_buffer("log_p", log_p.float(), persistent=False)
+        self.embedding = nn.Parameter(torch.empty(V, D).uniform_(-1, 1) / math.sqrt(D))  # E
+        self.position = nn.Parameter(torch.zeros(config.seq_len, D)) if config.position_embedding else None
+        self.time_s = TimeEmbedding(config.cond_width, config.time_scale)
+        self.time_t = TimeEmbedding(config.cond_width, config.time_scale)  # the second time, of the flow map
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = LayerNorm(D)
+        self.modulation = nn.Linear(config.cond_width, 2 * D)
+        self.head = nn.Linear(D, V)
+        angles = torch.arange(config.seq_len)[:, None, None] * 10000 ** -(
+            torch.arange(0, D // config.heads, 2) / (D // config.heads))
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """adaLN-zero: every block starts as the identity, and the output at zero. With the posterior parameterisation
+        that is a saddle, Bayes' rule being optimal without context: there gates start at 1 and the output is small."""
+        for layer in [*(block.modulation for block in self.blocks), self.modulation, self.time_t.mlp[-1], self.head]:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.time_t.requires_grad_(False)  # a flow has no second time: distillation thaws it
+        if not self.linear:
+            nn.init.normal_(self.head.weight, std=0.03)
+            for block in self.blocks:
+                block.modulation.bias.data.view(6, -1)[[2, 5]] = 1  # the gates
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    def noise(self, white: Tensor) -> Tensor:
+        """[FLM] The state at t = 0 from white noise (B, L, noise_dims): eps E or, alike in law, z chol(E^T E)^T."""
+        if not self.linear:
+            return white
+        if self.V <= self.config.width:  # E^T E is singular
+            return white @ self.embedding
+        factor, _ = torch.linalg.cholesky_ex(self.embedding.T @ self.embedding)  # with its gradient: else biased
+        return white @ factor.T
+
+    def clean(self, tokens_or_probs: Tensor) -> Tensor:
+        """[FLM] The state at t = 1 of tokens (B, L), or its expectation under probs (B, L, V)."""
+        if tokens_or_probs.is_floating_point():
+            return tokens_or_probs @ self.embedding if self.linear else tokens_or_probs
+        return F.embedding(tokens_or_probs, self.embedding) if self.linear else F.one_hot(tokens_or_probs, self.V).float()
+
+    def bayes(self, state: Tensor, tau: Tensor) -> Tensor:
+        """[FLM] c x_t, which with log p is the exact log-posterior of each token without its context: (B, L, V)."""
+        t = self.clock.t(tau)[:, None, None]
+        return t / (1 - t).clamp(min=0.02) ** 2 * state
+
+    def forward(self, state: Tensor, tau_s: Tensor, tau_t: Tensor | None = None, targets: Tensor | None = None) -> Tensor:
+        """Logits (B, L, V) in float32 from state (B, L, D or V) and tau_s (B,), or with targets (B, L) or (B, L, V)
+        their cross-entropy (B, L), which never holds more than `config.loss_chunk` positions of logits."""
+        skip = None if self.linear else self.bayes(state, tau_s)
+        with torch.autocast(state.device.type, torch.bfloat16, enabled=bool(self.config.bf16)):
+            x = state if self.linear else (self.log_p + skip).softmax(-1) @ self.embedding
+            if self.position is not None:
+                x = x + self.position
+            cond = self.time_s(tau_s)
+            if tau_t is not None:
+                cond = cond + self.time_t(tau_t)
+            cond = F.silu(cond)
+            x = x.float()
+            for block in self.blocks:
+                x = block(x, cond, self.cos, self.sin)
+            shift, scale = self.modulation(cond)[:, None].float().chunk(2, dim=-1)
+            x = torch.addcmul(shift, self.norm(x), 1 + scale)
+        if targets is None:
+            return self.logits(x, skip)
+        flat = [None if a is None else a.flatten(0, 1) for a in (x, skip, targets)]
+        chunk = self.config.loss_chunk
+        if not chunk or chunk >= len(flat[0]):
+            return self.cross_entropy(*flat).view(x.shape[:2])
+        parts = zip(*(itertools.repeat(None) if a is None else a.split(chunk) for a in flat))
+        return torch.cat([checkpoint(self.cross_entropy, *part, use_reentrant=False) for part in parts]).view(x.shape[:2])
+
+    def logits(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bool(self.config.bf16)):
+            z = self.head(x)
+        z, cap = z.float(), self.config.logit_cap
+        if cap:
+            z = cap * torch.tanh(z / cap)
+        return z if skip is None else z + self.log_p + skip  # the cap never touches Bayes' part, which reaches thousands
+
+    def cross_entropy(self, x: Tensor, skip: Tensor | None, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(x, skip), targets, reduction="none")
+
+
+# ---------------------------------------------------------------------------------------------------- 5. Settings
+
+
+def setting(default, help: str, choices: tuple | None = None):
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class Config:
+    """All settings; each field is a flag. The defaults are the paper's network and training, PRESETS change them."""
+
+    dataset: str = setting("words", "words, sotu, or a UTF-8 text with one document a line (.txt, .txt.gz, .txt.xz)")
+    tokenizer: str = setting("bert-base-uncased", "how text becomes tokens", data.TOKENIZERS)
+    vocab_size: int = setting(4096, "size of the bpe vocabulary, end token included")
+    seq_len: int = setting(128, "positions in a sequence (L)")
+    packing: bool = setting(True, "join documents and cut blocks of L, instead of one padded document a row")
+
+    parameterization: str = setting("linear", "how the network reads its state", ("linear", "posterior"))
+    depth: int = setting(12, "blocks")
+    width: int = setting(768, "D")
+    heads: int = setting(12, "attention heads")
+    cond_width: int = setting(128, "width of the time embedding")
+    dropout: float = setting(0.1, "on the residual branches")
+    time_scale: float = setting(1.0, "factor on tau before its sinusoids")
+    position_embedding: bool = setting(False, "learned positions, zero at first, beside the rotary ones")
+    logit_cap: float = setting(30.0, "soft cap on the network's output; 0: none")
+    attention_cap: float = setting(0.0, "soft cap on attention scores; 0: none")
+
+    max_steps: int = setting(1_000_000, "steps of training")
+    batch_size: int = setting(512, "rows a step, over all processes and micro-batches")
+    micro_batch_size: int = setting(0, "rows a process holds at once; 0: as many as make 32768 tokens")
+    optimizer: str = setting("adamw", "muon: Muon for the matrices of the blocks, AdamW for the rest", ("adamw", "muon"))
+    lr: float = setting(3e-4, "learning rate")
+    beta2: float = setting(0.999, "AdamW's second beta")
+    warmup: int = setting(2500, "steps of linear warm-up")
+    decay: float = setting(0.0, "last share of the steps in which the learning rate falls linearly to 0")
+    clip: float = setting(1.0, "largest gradient norm")
+    ema: float = setting(0.9999, "decay of the average weights, which are what is evaluated")
+    bf16: bool | None = setting(None, "bfloat16 in the linear layers; left out: where it is faster")
+    compile: bool = setting(True, "torch.compile on CUDA")
+    loss_chunk: int = setting(0, "positions whose logits are held at once; 0: all, on CUDA what makes 1 GiB")
+    seed: int = setting(0, "of weights, data order, times and noise; of samples with --sample")
+
+    log_every: int = setting(100, "steps from one log line to the next")
+    eval_every: int = setting(5000, "steps from one held-out loss, samples and checkpoint to the next")
+    eval_rows: int = setting(1024, "held-out rows of an evaluation during training; the last one takes them all")
+
+    run_dir: str = setting("", "folder of the run; left out: runs/DATASET")
+    device: str = setting("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
+    threads: int = setting(0, "CPU threads a process; 0: torch's choice")
+    resume: bool = setting(False, "go on with the run in the folder")
+    overwrite: bool = setting(False, "train anew in a folder that holds a run")
+    stop_after: int = setting(0, "stop and save after this step, as if interrupted; 0: go to the end")
+    sample: bool = setting(False, "write samples of a trained model, one a line, instead of training")
+    sample_steps: int = setting(64, "network evaluations for a text")
+    num_samples: int = setting(16, "texts to write")
+    out: str = setting("", "file for the samples; left out: standard output")
+
+
+SMALL = dict(cond_width=64, dropout=0.0, time_scale=100.0, optimizer="muon", decay=0.5, warmup=100, log_every=20)
+PRESETS = {
+    "words": SMALL | dict(tokenizer="chars", seq_len=16, packing=False, parameterization="posterior", depth=4, width=96,
+                          heads=3, position_embedding=True, max_steps=1500, batch_size=128, lr=3e-3, ema=0.99,
+                          eval_every=500, eval_rows=256),
+    "sotu": SMALL | dict(tokenizer="bpe", vocab_size=1024, seq_len=32, parameterization="posterior", depth=4, width=128,
+                         heads=4, max_steps=2000, batch_size=64, lr=3e-3, ema=0.99, eval_every=500, eval_rows=128),
+}
+PRESETS["a text file"] = PRESETS["sotu"]
+RESUMABLE = {"run_dir", "device", "threads", "resume", "overwrite", "stop_after", "sample", "sample_steps", "num_samples",
+             "out"}  # flags that may differ from those the run was begun with: they change no bit of its weights
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message}; --help lists the flags")
+
+
+def parse(argv: list[str]) -> tuple[Config, set[str]]:
+    """The settings of a command line (preset, then flags), and the names of the flags that were given."""
+    parser = Parser(prog="flm.py", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
+    for f in fields(Config):
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type in (bool, bool | None) else dict(
+            type=f.type, choices=f.metadata["choices"], metavar=None if f.metadata["choices"] else f.type.__name__.upper())
+        presets = "".join(f"; {name}: {preset[f.name]}" for name, preset in PRESETS.items() if f.name in preset)
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
+                            help=f"{f.metadata['help']} (default {f.default}{presets})".replace("%", "%%"))
+    given = vars(parser.parse_args(argv))
+    dataset = given.get("dataset", Config.dataset)
+    config = Config(**PRESETS.get(dataset, PRESETS["a text file"]) | given)
+    config.run_dir = config.run_dir or str(Path("runs") / Path(dataset).name.split(".")[0])
+    return config, set(given)
+
+
+def check(config: Config) -> None:
+    """Raises UserError for a setting that cannot be."""
+    least = dict(vocab_size=2, seq_len=1, depth=0, width=1, heads=1, cond_width=1, max_steps=1, batch_size=1, lr=0, warmup=0,
+                 clip=0, log_every=1, eval_every=1, eval_rows=1, threads=0, stop_after=0, sample_steps=1, num_samples=1,
+                 micro_batch_size=0, loss_chunk=0, dropout=0, decay=0, ema=0, beta2=0, logit_cap=0, attention_cap=0, seed=0)
+    for name, low in least.items():
+        value, flag = getattr(config, name), "--" + name.replace("_", "-")
+        if not low <= value < math.inf:
+            raise UserError(f"{flag} {value}: must be {low} or more")
+        if name in ("dropout", "decay", "ema", "beta2") and value > 1:
+            raise UserError(f"{flag} {value}: must be between 0 and 1")
+    if config.width % (2 * config.heads):
+        raise UserError(f"--width {config.width}: must be a multiple of twice --heads {config.heads}")
+    if config.batch_size % world():
+        raise UserError(f"--batch-size {config.batch_size}: must be a multiple of the {world()} processes")
+    if config.micro_batch_size and config.batch_size // world() % config.micro_batch_size:
+        raise UserError(f"--micro-batch-size {config.micro_batch_size}: must divide the {config.batch_size // world()} rows "
+                        "of a process")
+
+
+# --------------------------------------------------------------------------------------------------- 6. Processes
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def world() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def setup(config: Config) -> torch.device:
+    """Threads, device and, under torchrun, the process group."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    kind = config.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if kind != "cpu" and not getattr(torch, kind).is_available():
+        raise UserError(f"--device {kind}: this machine has none; use --device cpu")
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    if world() > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
+    return device
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum of x over all processes."""
+    if world() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def say(*words) -> None:
+    """Prints on stderr, from one process."""
+    if rank() == 0:
+        from tqdm import tqdm
+
+        tqdm.write(" ".join(map(str, words)), file=sys.stderr)
+
+
+def bf16_is_faster(device: torch.device) -> bool:
+    """Whether a linear layer of a small block takes less than half the time in bfloat16 (a CPU needs AMX for it)."""
+    if device.type != "cpu":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w = torch.ones(512, 128, dtype=dtype), torch.ones(512, 128, dtype=dtype)
+        F.linear(x, w)
+        start = time.perf_counter()
+        for _ in range(4):
+            F.linear(x, w)
+        seconds[dtype] = time.perf_counter() - start
+    return 2 * seconds[torch.bfloat16] < seconds[torch.float32]
+
+
+# --------------------------------------------------------------------------------------------------- 7. Run folders
+
+
+def build(config: Config, tokenizer: data.Tokenizer, log_p: Tensor, kind: str = "flm") -> Transformer:
+    """A new network, the same on every process; its weights are a function of the seed."""
+    torch.manual_seed(mix(config.seed, 1))
+    model = Transformer(config, tokenizer.vocab_size, log_p)
+    model.kind, model.tokenizer = kind, tokenizer
+    return model
+
+
+def write_checkpoint(path: Path, content: dict) -> None:
+    """Replaces path whole or not at all; what it held before stays as K.prev.pt."""
+    part = path.with_suffix(".part")
+    try:
+        torch.save(content, part)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        if path.exists():
+            os.replace(path, path.with_suffix(".prev.pt"))
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path}: cannot be written ({error})") from None
+
+
+def read_checkpoint(path: Path) -> dict:
+    """The content of a checkpoint: plain values and tensors, no pickled code, its checksums verified first."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; train one first: python flm.py --run-dir {path.parent}")
+    try:
+        with zipfile.ZipFile(path) as records:
+            if (bad := records.testzip()) is not None:
+                raise ValueError(f"{bad} is damaged")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not {"kind", "config", "vocab_size", "tokenizer", "log_p", "model", "ema"} <= content.keys():
+            raise ValueError("not written by this program")
+        return content
+    except Exception as error:
+        why = str(error).split("\n")[0]
+        spare = path.with_suffix(".prev.pt")
+        mend = f"the one before it is {spare}" if spare.exists() and spare != path else "train again with --overwrite"
+        raise UserError(f"{path}: not a whole checkpoint ({why}); {mend}") from None
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> Transformer:
+    """The network of a checkpoint with its average weights, ready to write; `path` is runs/NAME/K.pt.
+
+    Has .kind, .config and .tokenizer. Raises UserError for a missing, damaged or foreign file.
+    """
+    path = Path(path)
+    content = read_checkpoint(path)
+    try:
+        config = Config(**content["config"])
+        tokenizer = data.Tokenizer.load(path.parent / "tokenizer.json")
+        if tokenizer.checksum != content["tokenizer"]:
+            raise ValueError("its tokenizer is not the tokenizer.json beside it")
+        model = build(config, tokenizer, content["log_p"], content["kind"])
+        for p, average in zip(model.parameters(), content["ema"], strict=True):
+            p.data.copy_(average)
+    except (TypeError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"{path}: does not fit this program ({str(error).splitlines()[0]})") from None
+    return model.to(device).eval()
+
+
+def claim(config: Config, kind: str) -> Path:
+    """Makes the run folder, or raises UserError if it holds a run of this kind that was not to be overwritten."""
+    run = Path(config.run_dir)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / ".writable").touch()
+        (run / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"{run}: cannot be written ({error.strerror}); give another --run-dir") from None
+    if any(run.glob(f"{kind}*.pt")) and not (config.resume or config.overwrite):
+        raise UserError(f"{run}: holds a run; --resume goes on with it, --overwrite replaces it, --run-dir names another")
+    return run
+
+
+class Log:
+    """kind.log.jsonl, one JSON object a line; on resuming, lines past the resumed step are dropped."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        lines = path.read_text().splitlines() if step and path.exists() else []
+        if rank() == 0:
+            path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+
+    def write(self, **values) -> None:
+        if rank() == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(values) + "\n")
+
+    def plot(self, path: Path) -> None:
+        """Loss over steps, and the last held-out loss by tenth of tau."""
+        from matplotlib.figure import Figure
+
+        lines = [json.loads(line) for line in self.path.read_text().splitlines()]
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        steps, tenths = figure.subplots(1, 2)
+        for name in ("loss", "heldout"):
+            steps.plot(*zip(*((line["step"], line[name]) for line in lines if name in line)), label=name)
+        steps.set(xlabel="step", ylabel="nats a position")
+        steps.legend()
+        tenths.bar([k / 10 + 0.05 for k in range(10)], [x for x in lines if "heldout" in x][-1]["heldout_by_tau"], width=0.09)
+        tenths.set(xlabel="tau", ylabel="held-out loss")
+        figure.savefig(path)
+
+
+# ------------------------------------------------------------------------------------------------------ 8. Training
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal by five Newton-Schulz steps (Jordan et al. 2024), for matrices.
+
+    torch.optim.Muon with adjust_lr_fn="match_rms_adamw", but in float32: torch's bfloat16 is ten times slower on a CPU
+    that has no instructions for it.
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.95):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalise(p.grad.lerp(state["momentum"], group["momentum"]))
+                p.add_(update, alpha=-0.2 * math.sqrt(max(p.shape)) * group["lr"])
+
+
+def orthogonalise(G: Tensor) -> Tensor:
+    """Roughly U W^T of G = U S W^T: Newton-Schulz brings all singular values near 1."""
+    X = G.T if G.shape[0] > G.shape[1] else G
+    X = X / (X.norm() + 1e-7)
+    for _ in range(5):
+        A = X @ X.T
+        X = torch.addmm(X, torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
+    return X.T if G.shape[0] > G.shape[1] else X
+
+
+def make_optimizers(model: Transformer, config: Config) -> list[torch.optim.Optimizer]:
+    matrices = [p for name, p in model.blocks.named_parameters()
+                if config.optimizer == "muon" and p.ndim == 2 and "modulation" not in name]
+    rest = [p for p in model.parameters() if p.requires_grad and not any(p is m for m in matrices)]
+    adamw = torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, config.beta2), weight_decay=0, fused=True)
+    return [adamw, Muon(matrices, config.lr)] if matrices else [adamw]
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """Linear warm-up, constant, and a linear fall to 0 over the last `decay` of the steps."""
+    rise = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+    fall = min(1.0, (config.max_steps - step) / (config.decay * config.max_steps)) if config.decay else 1.0
+    return config.lr * min(rise, fall)
+
+
+class Objective(nn.Module):
+    """The loss as a module, so that all of it runs inside DistributedDataParallel."""
+
+    def __init__(self, model: nn.Module, loss: Callable):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, tokens: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        return self.loss(self.model, tokens, rows)
+
+
+@contextlib.contextmanager
+def weights(model: nn.Module, values: list[Tensor]) -> Iterator[None]:
+    """The model with other weights for a while, in evaluation mode."""
+    own = [p.data for p in model.parameters()]
+    for p, value in zip(model.parameters(), values):
+        p.data = value
+    model.eval()
+    try:
+        yield
+    finally:
+        for p, value in zip(model.parameters(), own):
+            p.data = value
+        model.train()
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, loss: Callable, corpus: data.Corpus, rows: int, seed: int = 0) -> list[float]:
+    """Mean loss on the first `rows` held-out rows at each tenth of tau (its midpoint), shared out over the processes."""
+    n, batch = min(rows, corpus.blocks("heldout")), 256
+    sums = torch.zeros(10, dtype=torch.float64)
+    for k in range(10):
+        for start in range(rank() * batch, n, world() * batch):
+            index = range(start, min(start + batch, n))
+            tokens = corpus.batch("heldout", 0, index).to(model.device)
+            sums[k] += loss(model, tokens, Rows(seed, k, index, n, tau=(k + 0.5) / 10))[0].sum().item()
+    return (total(sums.to(model.device).float()) / n).tolist()
+
+
+def train(model: Transformer, loss: Callable, corpus: data.Corpus, config: Config, kind: str, sample: Callable) -> None:
+    """The one training loop: trains `model` on `loss(model, tokens, rows) -> (loss (B,), tau (B,))` and leaves in the run
+    folder kind.pt, kind.prev.pt, kind.log.jsonl, kind.loss.png and kind.samples.txt.
+
+    sample(model, n, steps, seed) -> tokens (n, L) shows progress. Raises UserError if the loss stops being a number.
+    """
+    from tqdm import tqdm
+
+    run, device = Path(config.run_dir), model.device
+    optimizers = make_optimizers(model, config)
+    params = list(model.parameters())
+    ema = [p.detach().clone() for p in params]
+    first = 0
+    if config.resume:
+        content = read_checkpoint(run / f"{kind}.pt")
+        first = content["step"]
+        model.load_state_dict(content["model"])
+        for average, value in zip(ema, content["ema"], strict=True):
+            average.copy_(value)
+        for optimizer, state in zip(optimizers, content["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+    log = Log(run / f"{kind}.log.jsonl", first)
+
+    def save(step: int) -> None:
+        if rank() == 0:
+            kept = {k: v for k, v in asdict(config).items() if k not in RESUMABLE} | {"dataset": Path(config.dataset).name}
+            write_checkpoint(run / f"{kind}.pt", dict(
+                kind=kind, config=kept, vocab_size=model.V, tokenizer=model.tokenizer.checksum,
+                source=corpus.meta["source"], log_p=model.log_p.cpu(), step=step, model=model.state_dict(), ema=ema,
+                optimizers=[optimizer.state_dict() for optimizer in optimizers]))
+
+    if config.compile and device.type == "cuda":
+        model.compile()
+    objective = Objective(model, loss)
+    if world() > 1:
+        objective = nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
+    B, L = config.batch_size, config.seq_len
+    local = B // world()
+    micro = config.micro_batch_size or next(m for m in range(local, 0, -1) if local % m == 0 and (m * L <= 2**15 or m == 1))
+    model.train()
+    last = min(config.max_steps, config.stop_after or config.max_steps)
+    bar = tqdm(total=config.max_steps, initial=first, unit="step", disable=rank() != 0, file=sys.stderr, mininterval=1)
+    history, bins, mark = [], torch.zeros(2, 10, device=device), time.perf_counter()
+    for step in range(first, last):
+        torch.manual_seed(mix(config.seed, 2, step, rank()))  # dropout
+        mean = torch.zeros((), device=device)
+        for start in range(rank() * local, (rank() + 1) * local, micro):
+            rows = Rows(config.seed, step, range(start, start + micro), B)
+            tokens = corpus.batch("train", step, rows.index)
+            if device.type == "cuda":
+                tokens = tokens.pin_memory().to(device, non_blocking=True)
+            more = world() > 1 and start + micro < (rank() + 1) * local
+            with objective.no_sync() if more else contextlib.nullcontext():
+                nll, tau = objective(tokens.to(device), rows)
+                (nll.mean() * micro / local).backward()
+            mean += nll.detach().mean() * micro / local
+            bins.index_add_(1, (tau * 10).long().clamp(max=9), torch.stack([nll.detach(), torch.ones_like(nll)]))
+        norm = nn.utils.clip_grad_norm_([p for p in params if p.grad is not None], config.clip or math.inf)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, config)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - min(config.ema, (1 + step) / (10 + step)))
+        history.append(torch.stack([mean, norm]))
+        bar.update()
+
+        done = step + 1
+        evaluate = done % config.eval_every == 0 or done == config.max_steps
+        if done % config.log_every == 0 or evaluate or done == last:
+            values = (total(torch.stack(history)) / world()).tolist()
+            for i, pair in enumerate(values, start=done - len(values)):
+                if not all(map(math.isfinite, pair)):
+                    raise UserError(f"the loss of step {i} is not a number; {run / kind}.pt holds the last good step if one "
+                                    "was saved; try a smaller --lr")
+            sums, counts = total(bins).tolist()
+            now = time.perf_counter()
+            mean_loss, speed = sum(v[0] for v in values) / len(values), len(values) * B * L / (now - mark)
+            log.write(step=done, loss=mean_loss, lr=learning_rate(step, config), grad_norm=values[-1][1],
+                      loss_by_tau=[s / c if c else None for s, c in zip(sums, counts)], tokens_per_s=round(speed))
+            bar.set_postfix_str(f"loss {mean_loss:.3f}, {speed / 1000:.1f}k tokens/s")
+            history, bins = [], torch.zeros_like(bins)
+        if evaluate:
+            with weights(model, ema):
+                by_tau = held_out_loss(model, loss, corpus, config.eval_rows if done < config.max_steps else sys.maxsize)
+                log.write(step=done, heldout=sum(by_tau) / 10, heldout_by_tau=by_tau)
+                say(f"step {done}: held-out loss {sum(by_tau) / 10:.4f}; by tenth of tau",
+                    " ".join(f"{x:.3f}" for x in by_tau))
+                lines = write_texts(model, sample(model, 4, 16, 0))
+            say("\n".join(f"    {line}" for line in lines))
+            if rank() == 0:
+                with open(run / f"{kind}.samples.txt", "a", encoding="utf-8") as file:
+                    file.write(f"step {done}\n" + "".join(f"    {line}\n" for line in lines))
+        if evaluate or done == last:
+            save(done)
+        if not history:
+            mark = time.perf_counter()
+    bar.close()
+    for p, average in zip(params, ema):
+        p.data = average
+    model.eval()
+    if rank() == 0 and last == config.max_steps:
+        log.plot(run / f"{kind}.loss.png")
+
+
+# -------------------------------------------------------------------------------------------------- 9. Command line
+
+
+def write_texts(model: Transformer, tokens: Tensor) -> list[str]:
+    """One line a text of tokens (n, L): line breaks and backslashes escaped; padded texts end at their first end token."""
+    lines = []
+    for ids in tokens.tolist():
+        if not model.config.packing and model.tokenizer.end in ids:
+            ids = ids[: ids.index(model.tokenizer.end)]
+        lines.append(model.tokenizer.decode(ids).replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r"))
+    return lines
+
+
+def write_samples(config: Config, kind: str, sample: Callable) -> None:
+    """--sample: texts of the run's kind.pt to --out or standard output, one a line."""
+    model = load(Path(config.run_dir) / f"{kind}.pt", setup(config))
+    text = "".join(line + "\n" for line in write_texts(
+        model, sample(model, config.num_samples, config.sample_steps, config.seed)))
+    try:
+        Path(config.out).write_text(text, encoding="utf-8") if config.out else sys.stdout.write(text)
+    except OSError as error:
+        raise UserError(f"--out {config.out}: cannot be written ({error.strerror})") from None
+
+
+def resumed(config: Config, given: set[str]) -> Config:
+    """The settings of the run in the folder; only what changes no bit of its weights may be given anew."""
+    path = Path(config.run_dir) / "config.json"
+    try:
+        old = json.loads(path.read_text())
+        stored = Config(**old)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no run to resume; start one without --resume") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: not the settings of a run ({error})") from None
+    for name in given - RESUMABLE:
+        if getattr(stored, name) != getattr(config, name):
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: this run was begun with "
+                            f"{getattr(stored, name)}; leave the flag out, or start another --run-dir")
+    return Config(**old | {name: getattr(config, name) for name in RESUMABLE})
+
+
+def main(argv: list[str]) -> None:
+    config, given = parse(argv)
+    if config.sample:
+        check(config)
+        return write_samples(config, "flm", sample)
+    if config.resume:
+        config = resumed(config, given)
+    check(config)
+    device = setup(config)
+    run = claim(config, "flm")
+    if config.bf16 is None:
+        config.bf16 = bf16_is_faster(device)
+    settings = dict(dataset=config.dataset, tokenizer=config.tokenizer, seq_len=config.seq_len, packing=config.packing,
+                    seed=config.seed, batch_size=config.batch_size, vocab_size=config.vocab_size)
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        data.prepare(**settings)
+    if world() > 1:
+        dist.barrier()
+    corpus = data.prepare(**settings)
+    if device.type == "cuda" and not config.loss_chunk:
+        config.loss_chunk = max(1, 2**28 // corpus.tokenizer.vocab_size)
+    model = build(config, corpus.tokenizer, corpus.log_p).to(device)
+    if rank() == 0 and not config.resume:
+        for name in ("flm", "fmlm"):  # a flow map distilled from the old weights goes with them
+            for old in run.glob(f"{name}.*"):
+                old.unlink()
+        corpus.tokenizer.save(run / "tokenizer.json")
+        (run / "config.json").write_text(json.dumps(
+            {k: v for k, v in asdict(config).items() if k not in RESUMABLE}, indent=1))
+    size = sum(p.numel() for p in model.parameters())
+    say(f"{config.dataset}: {corpus.blocks('train')} rows of {config.seq_len} tokens to train on, {corpus.blocks('heldout')} "
+        f"held out; V = {corpus.tokenizer.vocab_size}, {size / 1e6:.2f}M parameters, {config.parameterization}, on {device}"
+        f"{' in bfloat16' if config.bf16 else ''}, {world()} x {torch.get_num_threads()} threads")
+    train(model, flow_loss, corpus, config, "flm", sample)
+    if rank() == 0 and (not config.stop_after or config.stop_after >= config.max_steps):
+        for steps in (1, 4, 16, 64):
+            print(f"{steps} steps:", "  ".join(write_texts(model, sample(model, 8, steps, config.seed))), flush=True)
+
+
+def run(main: Callable[[list[str]], None]) -> int:
+    """Runs a command line; what the user can mend is one line and status 2."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        say(f"{Path(sys.argv[0]).name}: {error}")
+        return 2
+    except KeyboardInterrupt:
+        say("interrupted; --resume goes on from the last checkpoint")
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
