@@ -16,10 +16,10 @@ import lzma
 import os
 import shutil
 import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Iterable, Iterator
 
 import numpy as np
 import torch

@@ -10,23 +10,17 @@ Paper: "One-step Language Modeling via Continuous Denoising", arXiv 2602.16813. 
 B, L, V, D: rows, positions, vocabulary, width. Lines that a GPT would not have are marked [FLM].
 """
 
-import argparse
 import contextlib
 import itertools
 import json
 import math
-import os
-import shutil
 import sys
 import time
-import zipfile
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator
 
-import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,6 +28,8 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 from data import UserError
+from run import (Log, barrier, first_line, guard, lasting, local_rank, open_folder, parse, rank, read_checkpoint, say,
+                 setting, setup, total, world, write_checkpoint)
 
 # ------------------------------------------------------------------------------------------------------ 1. The clock
 
@@ -355,59 +351,56 @@ class Transformer(nn.Module):
 # ---------------------------------------------------------------------------------------------------- 5. Settings
 
 
-def setting(default, help: str, choices: tuple | None = None):
-    return field(default=default, metadata={"help": help, "choices": choices})
-
-
 @dataclass
 class Config:
     """All settings; each field is a flag. The defaults are the paper's network and training, PRESETS change them."""
 
     dataset: str = setting("words", "words, sotu, or a UTF-8 text with one document a line (.txt, .txt.gz, .txt.xz)")
-    tokenizer: str = setting("bert-base-uncased", "how text becomes tokens", data.TOKENIZERS)
-    vocab_size: int = setting(4096, "size of the bpe vocabulary, end token included")
-    seq_len: int = setting(128, "positions in a sequence (L)")
+    tokenizer: str = setting("bert-base-uncased", "how text becomes tokens", choices=data.TOKENIZERS)
+    vocab_size: int = setting(4096, "size of the bpe vocabulary, end token included", 2)
+    seq_len: int = setting(128, "positions in a sequence (L)", 1)
     packing: bool = setting(True, "join documents and cut blocks of L, instead of one padded document a row")
 
-    parameterization: str = setting("linear", "how the network reads its state", ("linear", "posterior"))
-    depth: int = setting(12, "blocks")
-    width: int = setting(768, "D")
-    heads: int = setting(12, "attention heads")
-    cond_width: int = setting(128, "width of the time embedding")
-    dropout: float = setting(0.1, "on the residual branches")
-    time_scale: float = setting(1.0, "factor on tau before its sinusoids")
+    parameterization: str = setting("linear", "how the network reads its state", choices=("linear", "posterior"))
+    depth: int = setting(12, "blocks", 0)
+    width: int = setting(768, "D", 2)
+    heads: int = setting(12, "attention heads", 1)
+    cond_width: int = setting(128, "width of the time embedding", 1)
+    dropout: float = setting(0.1, "on the residual branches", 0, 1)
+    time_scale: float = setting(1.0, "factor on tau before its sinusoids", 0)
     position_embedding: bool = setting(False, "learned positions, zero at first, beside the rotary ones")
-    logit_cap: float = setting(30.0, "soft cap on the network's output; 0: none")
-    attention_cap: float = setting(0.0, "soft cap on attention scores; 0: none")
+    logit_cap: float = setting(30.0, "soft cap on the network's output; 0: none", 0)
+    attention_cap: float = setting(0.0, "soft cap on attention scores; 0: none", 0)
 
-    max_steps: int = setting(1_000_000, "steps of training")
-    batch_size: int = setting(512, "rows a step, over all processes and micro-batches")
-    micro_batch_size: int = setting(0, "rows a process holds at once; 0: as many as make 32768 tokens")
-    optimizer: str = setting("adamw", "muon: Muon for the matrices of the blocks, AdamW for the rest", ("adamw", "muon"))
-    lr: float = setting(3e-4, "learning rate")
-    beta2: float = setting(0.999, "AdamW's second beta")
-    warmup: int = setting(2500, "steps of linear warm-up")
-    decay: float = setting(0.0, "last share of the steps in which the learning rate falls linearly to 0")
-    clip: float = setting(1.0, "largest gradient norm")
-    ema: float = setting(0.9999, "decay of the average weights, which are what is evaluated")
+    max_steps: int = setting(1_000_000, "steps of training", 1)
+    batch_size: int = setting(512, "rows a step, over all processes and micro-batches", 1)
+    micro_batch_size: int = setting(0, "rows a process holds at once; 0: as many as make 32768 tokens", 0)
+    optimizer: str = setting("adamw", "muon: Muon for the matrices of the blocks, AdamW for the rest",
+                             choices=("adamw", "muon"))
+    lr: float = setting(3e-4, "learning rate", 0)
+    beta2: float = setting(0.999, "AdamW's second beta", 0, 1)
+    warmup: int = setting(2500, "steps of linear warm-up", 0)
+    decay: float = setting(0.0, "last share of the steps in which the learning rate falls linearly to 0", 0, 1)
+    clip: float = setting(1.0, "largest gradient norm; 0: no bound", 0)
+    ema: float = setting(0.9999, "decay of the average weights, which are what is evaluated", 0, 1)
     bf16: bool | None = setting(None, "bfloat16 in the linear layers; left out: where it is faster")
     compile: bool = setting(True, "torch.compile on CUDA")
-    loss_chunk: int = setting(0, "positions whose logits are held at once; 0: all, on CUDA what makes 1 GiB")
-    seed: int = setting(0, "of weights, data order, times and noise; of samples with --sample")
+    loss_chunk: int = setting(0, "positions whose logits are held at once; 0: all, on CUDA as many as make 1 GiB", 0)
+    seed: int = setting(0, "of weights, data order, times and noise; of the noise with --sample", 0, 2**62)
 
-    log_every: int = setting(100, "steps from one log line to the next")
-    eval_every: int = setting(5000, "steps from one held-out loss, samples and checkpoint to the next")
-    eval_rows: int = setting(1024, "held-out rows of an evaluation during training; the last one takes them all")
+    log_every: int = setting(100, "steps from one log line to the next", 1)
+    eval_every: int = setting(5000, "steps from one held-out loss, samples and checkpoint to the next", 1)
+    eval_rows: int = setting(1024, "held-out rows of an evaluation during training; the last one takes them all", 1)
 
     run_dir: str = setting("", "folder of the run; left out: runs/DATASET")
-    device: str = setting("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
-    threads: int = setting(0, "CPU threads a process; 0: torch's choice")
+    device: str = setting("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
+    threads: int = setting(0, "CPU threads a process; 0: torch's choice", 0)
     resume: bool = setting(False, "go on with the run in the folder")
     overwrite: bool = setting(False, "train anew in a folder that holds a run")
-    stop_after: int = setting(0, "stop and save after this step, as if interrupted; 0: go to the end")
+    stop_after: int = setting(0, "stop and save after this step, as if interrupted; 0: go to the end", 0)
     sample: bool = setting(False, "write samples of a trained model, one a line, instead of training")
-    sample_steps: int = setting(64, "network evaluations for a text")
-    num_samples: int = setting(16, "texts to write")
+    sample_steps: int = setting(64, "network evaluations for a text", 1)
+    num_samples: int = setting(16, "texts to write", 1)
     out: str = setting("", "file for the samples; left out: standard output")
 
 
@@ -420,218 +413,20 @@ PRESETS = {
                          heads=4, max_steps=2000, batch_size=64, lr=3e-3, ema=0.99, eval_every=500, eval_rows=128),
 }
 PRESETS["a text file"] = PRESETS["sotu"]
-RESUMABLE = {"run_dir", "device", "threads", "resume", "overwrite", "stop_after", "sample", "sample_steps", "num_samples",
-             "out"}  # flags that may differ from those the run was begun with: they change no bit of its weights
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message}; --help lists the flags")
-
-
-def parse(argv: list[str]) -> tuple[Config, set[str]]:
-    """The settings of a command line (preset, then flags), and the names of the flags that were given."""
-    parser = Parser(prog="flm.py", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
-    for f in fields(Config):
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type in (bool, bool | None) else dict(
-            type=f.type, choices=f.metadata["choices"], metavar=None if f.metadata["choices"] else f.type.__name__.upper())
-        presets = "".join(f"; {name}: {preset[f.name]}" for name, preset in PRESETS.items() if f.name in preset)
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
-                            help=f"{f.metadata['help']} (default {f.default}{presets})".replace("%", "%%"))
-    given = vars(parser.parse_args(argv))
-    dataset = given.get("dataset", Config.dataset)
-    config = Config(**PRESETS.get(dataset, PRESETS["a text file"]) | given)
-    config.run_dir = config.run_dir or str(Path("runs") / Path(dataset).name.split(".")[0])
-    return config, set(given)
 
 
 def check(config: Config) -> None:
-    """Raises UserError for a setting that cannot be."""
-    least = dict(vocab_size=2, seq_len=1, depth=0, width=1, heads=1, cond_width=1, max_steps=1, batch_size=1, lr=0, warmup=0,
-                 clip=0, log_every=1, eval_every=1, eval_rows=1, threads=0, stop_after=0, sample_steps=1, num_samples=1,
-                 micro_batch_size=0, loss_chunk=0, dropout=0, decay=0, ema=0, beta2=0, logit_cap=0, attention_cap=0, seed=0)
-    for name, low in least.items():
-        value, flag = getattr(config, name), "--" + name.replace("_", "-")
-        if not low <= value < math.inf:
-            raise UserError(f"{flag} {value}: must be {low} or more")
-        if name in ("dropout", "decay", "ema", "beta2") and value > 1:
-            raise UserError(f"{flag} {value}: must be between 0 and 1")
+    """Raises UserError for settings that do not go together."""
+    local, micro = config.batch_size // world(), config.micro_batch_size
     if config.width % (2 * config.heads):
         raise UserError(f"--width {config.width}: must be a multiple of twice --heads {config.heads}")
     if config.batch_size % world():
         raise UserError(f"--batch-size {config.batch_size}: must be a multiple of the {world()} processes")
-    if config.micro_batch_size and config.batch_size // world() % config.micro_batch_size:
-        raise UserError(f"--micro-batch-size {config.micro_batch_size}: must divide the {config.batch_size // world()} rows "
-                        "of a process")
+    if micro and local % micro:
+        raise UserError(f"--micro-batch-size {micro}: must divide the {local} rows of a process")
 
 
-# --------------------------------------------------------------------------------------------------- 6. Processes
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
-def world() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def setup(config: Config) -> torch.device:
-    """Threads, device and, under torchrun, the process group."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    kind = config.device
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if kind != "cpu" and not getattr(torch, kind).is_available():
-        raise UserError(f"--device {kind}: this machine has none; use --device cpu")
-    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
-    if kind == "cuda":
-        torch.cuda.set_device(device)
-    if world() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
-    return device
-
-
-def total(x: Tensor) -> Tensor:
-    """The sum of x over all processes."""
-    if world() > 1:
-        dist.all_reduce(x)
-    return x
-
-
-def say(*words) -> None:
-    """Prints on stderr, from one process."""
-    if rank() == 0:
-        from tqdm import tqdm
-
-        tqdm.write(" ".join(map(str, words)), file=sys.stderr)
-
-
-def bf16_is_faster(device: torch.device) -> bool:
-    """Whether a linear layer of a small block takes less than half the time in bfloat16 (a CPU needs AMX for it)."""
-    if device.type != "cpu":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x, w = torch.ones(512, 128, dtype=dtype), torch.ones(512, 128, dtype=dtype)
-        F.linear(x, w)
-        start = time.perf_counter()
-        for _ in range(4):
-            F.linear(x, w)
-        seconds[dtype] = time.perf_counter() - start
-    return 2 * seconds[torch.bfloat16] < seconds[torch.float32]
-
-
-# --------------------------------------------------------------------------------------------------- 7. Run folders
-
-
-def build(config: Config, tokenizer: data.Tokenizer, log_p: Tensor, kind: str = "flm") -> Transformer:
-    """A new network, the same on every process; its weights are a function of the seed."""
-    torch.manual_seed(mix(config.seed, 1))
-    model = Transformer(config, tokenizer.vocab_size, log_p)
-    model.kind, model.tokenizer = kind, tokenizer
-    return model
-
-
-def write_checkpoint(path: Path, content: dict) -> None:
-    """Replaces path whole or not at all; what it held before stays as K.prev.pt."""
-    part = path.with_suffix(".part")
-    try:
-        torch.save(content, part)
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        if path.exists():
-            os.replace(path, path.with_suffix(".prev.pt"))
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot be written ({error})") from None
-
-
-def read_checkpoint(path: Path) -> dict:
-    """The content of a checkpoint: plain values and tensors, no pickled code, its checksums verified first."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint; train one first: python flm.py --run-dir {path.parent}")
-    try:
-        with zipfile.ZipFile(path) as records:
-            if (bad := records.testzip()) is not None:
-                raise ValueError(f"{bad} is damaged")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"kind", "config", "vocab_size", "tokenizer", "log_p", "model", "ema"} <= content.keys():
-            raise ValueError("not written by this program")
-        return content
-    except Exception as error:
-        why = str(error).split("\n")[0]
-        spare = path.with_suffix(".prev.pt")
-        mend = f"the one before it is {spare}" if spare.exists() and spare != path else "train again with --overwrite"
-        raise UserError(f"{path}: not a whole checkpoint ({why}); {mend}") from None
-
-
-def load(path: str | Path, device: str | torch.device = "cpu") -> Transformer:
-    """The network of a checkpoint with its average weights, ready to write; `path` is runs/NAME/K.pt.
-
-    Has .kind, .config and .tokenizer. Raises UserError for a missing, damaged or foreign file.
-    """
-    path = Path(path)
-    content = read_checkpoint(path)
-    try:
-        config = Config(**content["config"])
-        tokenizer = data.Tokenizer.load(path.parent / "tokenizer.json")
-        if tokenizer.checksum != content["tokenizer"]:
-            raise ValueError("its tokenizer is not the tokenizer.json beside it")
-        model = build(config, tokenizer, content["log_p"], content["kind"])
-        for p, average in zip(model.parameters(), content["ema"], strict=True):
-            p.data.copy_(average)
-    except (TypeError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"{path}: does not fit this program ({str(error).splitlines()[0]})") from None
-    return model.to(device).eval()
-
-
-def claim(config: Config, kind: str) -> Path:
-    """Makes the run folder, or raises UserError if it holds a run of this kind that was not to be overwritten."""
-    run = Path(config.run_dir)
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / ".writable").touch()
-        (run / ".writable").unlink()
-    except OSError as error:
-        raise UserError(f"{run}: cannot be written ({error.strerror}); give another --run-dir") from None
-    if any(run.glob(f"{kind}*.pt")) and not (config.resume or config.overwrite):
-        raise UserError(f"{run}: holds a run; --resume goes on with it, --overwrite replaces it, --run-dir names another")
-    return run
-
-
-class Log:
-    """kind.log.jsonl, one JSON object a line; on resuming, lines past the resumed step are dropped."""
-
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        lines = path.read_text().splitlines() if step and path.exists() else []
-        if rank() == 0:
-            path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
-
-    def write(self, **values) -> None:
-        if rank() == 0:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(values) + "\n")
-
-    def plot(self, path: Path) -> None:
-        """Loss over steps, and the last held-out loss by tenth of tau."""
-        from matplotlib.figure import Figure
-
-        lines = [json.loads(line) for line in self.path.read_text().splitlines()]
-        figure = Figure(figsize=(10, 4), layout="constrained")
-        steps, tenths = figure.subplots(1, 2)
-        for name in ("loss", "heldout"):
-            steps.plot(*zip(*((line["step"], line[name]) for line in lines if name in line)), label=name)
-        steps.set(xlabel="step", ylabel="nats a position")
-        steps.legend()
-        tenths.bar([k / 10 + 0.05 for k in range(10)], [x for x in lines if "heldout" in x][-1]["heldout_by_tau"], width=0.09)
-        tenths.set(xlabel="tau", ylabel="held-out loss")
-        figure.savefig(path)
-
-
-# ------------------------------------------------------------------------------------------------------ 8. Training
+# ------------------------------------------------------------------------------------------------------ 6. Training
 
 
 class Muon(torch.optim.Optimizer):
@@ -664,6 +459,21 @@ def orthogonalise(G: Tensor) -> Tensor:
         A = X @ X.T
         X = torch.addmm(X, torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
     return X.T if G.shape[0] > G.shape[1] else X
+
+
+def bf16_is_faster(device: torch.device) -> bool:
+    """Whether a linear layer takes less than half the time in bfloat16 (on a CPU, AMX decides)."""
+    if device.type != "cpu":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = w = torch.ones(512, 128, dtype=dtype)
+        F.linear(x, w)
+        start = time.perf_counter()
+        for _ in range(4):
+            F.linear(x, w)
+        seconds[dtype] = time.perf_counter() - start
+    return 2 * seconds[torch.bfloat16] < seconds[torch.float32]
 
 
 def make_optimizers(model: Transformer, config: Config) -> list[torch.optim.Optimizer]:
@@ -709,60 +519,50 @@ def weights(model: nn.Module, values: list[Tensor]) -> Iterator[None]:
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, loss: Callable, corpus: data.Corpus, rows: int, seed: int = 0) -> list[float]:
-    """Mean loss on the first `rows` held-out rows at each tenth of tau (its midpoint), shared out over the processes."""
+    """Mean loss on the first `rows` held-out rows at the middle of each tenth of tau, shared out over the processes."""
     n, batch = min(rows, corpus.blocks("heldout")), 256
-    sums = torch.zeros(10, dtype=torch.float64)
+    sums = torch.zeros(10, device=model.device)
     for k in range(10):
         for start in range(rank() * batch, n, world() * batch):
             index = range(start, min(start + batch, n))
             tokens = corpus.batch("heldout", 0, index).to(model.device)
-            sums[k] += loss(model, tokens, Rows(seed, k, index, n, tau=(k + 0.5) / 10))[0].sum().item()
-    return (total(sums.to(model.device).float()) / n).tolist()
+            sums[k] += loss(model, tokens, Rows(seed, k, index, n, tau=(k + 0.5) / 10))[0].sum()
+    return (total(sums) / n).tolist()
 
 
-def train(model: Transformer, loss: Callable, corpus: data.Corpus, config: Config, kind: str, sample: Callable) -> None:
-    """The one training loop: trains `model` on `loss(model, tokens, rows) -> (loss (B,), tau (B,))` and leaves in the run
-    folder kind.pt, kind.prev.pt, kind.log.jsonl, kind.loss.png and kind.samples.txt.
+def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Config, kind: str, sample: Callable) -> None:
+    """The one training loop: fits `loss(model, tokens, rows) -> (loss (B,), tau (B,))` and leaves K.pt, K.prev.pt,
+    K.log.jsonl, K.samples.txt and, at the end, K.loss.png in the run folder, K being `kind`. The model is left with its
+    average weights. sample(model, n, steps, seed) -> tokens (n, L) shows progress.
 
-    sample(model, n, steps, seed) -> tokens (n, L) shows progress. Raises UserError if the loss stops being a number.
+    Raises UserError, and saves nothing more, if the loss or its gradient stops being a number.
     """
     from tqdm import tqdm
 
-    run, device = Path(config.run_dir), model.device
+    folder, device, params = Path(config.run_dir), model.device, list(model.parameters())
     optimizers = make_optimizers(model, config)
-    params = list(model.parameters())
-    ema = [p.detach().clone() for p in params]
-    first = 0
+    ema, first = [p.detach().clone() for p in params], 0
     if config.resume:
-        content = read_checkpoint(run / f"{kind}.pt")
-        first = content["step"]
+        content = read_checkpoint(folder / f"{kind}.pt")
+        if (content["source"], content["tokenizer"]) != (corpus.meta["source"], corpus.tokenizer.checksum):
+            raise UserError(f"{folder}: --dataset {config.dataset} is not the text that this run was begun with")
         model.load_state_dict(content["model"])
-        for average, value in zip(ema, content["ema"], strict=True):
-            average.copy_(value)
+        ema, first = [average.to(device) for average in content["ema"]], content["step"]
         for optimizer, state in zip(optimizers, content["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-    log = Log(run / f"{kind}.log.jsonl", first)
-
-    def save(step: int) -> None:
-        if rank() == 0:
-            kept = {k: v for k, v in asdict(config).items() if k not in RESUMABLE} | {"dataset": Path(config.dataset).name}
-            write_checkpoint(run / f"{kind}.pt", dict(
-                kind=kind, config=kept, vocab_size=model.V, tokenizer=model.tokenizer.checksum,
-                source=corpus.meta["source"], log_p=model.log_p.cpu(), step=step, model=model.state_dict(), ema=ema,
-                optimizers=[optimizer.state_dict() for optimizer in optimizers]))
-
+    last = max(first, min(config.max_steps, config.stop_after or config.max_steps))
+    B, L, local = config.batch_size, config.seq_len, config.batch_size // world()
+    micro = config.micro_batch_size or next(m for m in range(local, 0, -1) if local % m == 0 and (m * L <= 2**15 or m == 1))
     if config.compile and device.type == "cuda":
         model.compile()
     objective = Objective(model, loss)
     if world() > 1:
         objective = nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
-    B, L = config.batch_size, config.seq_len
-    local = B // world()
-    micro = config.micro_batch_size or next(m for m in range(local, 0, -1) if local % m == 0 and (m * L <= 2**15 or m == 1))
-    model.train()
-    last = min(config.max_steps, config.stop_after or config.max_steps)
+
+    log = Log(folder / f"{kind}.log.jsonl", first)
     bar = tqdm(total=config.max_steps, initial=first, unit="step", disable=rank() != 0, file=sys.stderr, mininterval=1)
     history, bins, mark = [], torch.zeros(2, 10, device=device), time.perf_counter()
+    model.train()
     for step in range(first, last):
         torch.manual_seed(mix(config.seed, 2, step, rank()))  # dropout
         mean = torch.zeros((), device=device)
@@ -770,34 +570,34 @@ def train(model: Transformer, loss: Callable, corpus: data.Corpus, config: Confi
             rows = Rows(config.seed, step, range(start, start + micro), B)
             tokens = corpus.batch("train", step, rows.index)
             if device.type == "cuda":
-                tokens = tokens.pin_memory().to(device, non_blocking=True)
+                tokens = tokens.pin_memory()
             more = world() > 1 and start + micro < (rank() + 1) * local
             with objective.no_sync() if more else contextlib.nullcontext():
-                nll, tau = objective(tokens.to(device), rows)
+                nll, tau = objective(tokens.to(device, non_blocking=True), rows)
                 (nll.mean() * micro / local).backward()
-            mean += nll.detach().mean() * micro / local
-            bins.index_add_(1, (tau * 10).long().clamp(max=9), torch.stack([nll.detach(), torch.ones_like(nll)]))
-        norm = nn.utils.clip_grad_norm_([p for p in params if p.grad is not None], config.clip or math.inf)
+            nll = nll.detach()
+            mean += nll.mean() * micro / local
+            bins.index_add_(1, (tau * 10).long().clamp(max=9), torch.stack([nll, torch.ones_like(nll)]))
+        norm = nn.utils.clip_grad_norm_(params, config.clip or math.inf)  # of the whole batch: the last backward summed it
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
         torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - min(config.ema, (1 + step) / (10 + step)))
         history.append(torch.stack([mean, norm]))
         bar.update()
 
         done = step + 1
         evaluate = done % config.eval_every == 0 or done == config.max_steps
-        if done % config.log_every == 0 or evaluate or done == last:
+        if done % config.log_every == 0 or evaluate or done == last:  # the only place that waits for the device
             values = (total(torch.stack(history)) / world()).tolist()
             for i, pair in enumerate(values, start=done - len(values)):
                 if not all(map(math.isfinite, pair)):
-                    raise UserError(f"the loss of step {i} is not a number; {run / kind}.pt holds the last good step if one "
-                                    "was saved; try a smaller --lr")
-            sums, counts = total(bins).tolist()
-            now = time.perf_counter()
-            mean_loss, speed = sum(v[0] for v in values) / len(values), len(values) * B * L / (now - mark)
+                    raise UserError(f"the loss of step {i} is not a number; {folder / kind}.pt keeps the last good step, if "
+                                    "one was saved; try a smaller --lr")
+            (sums, counts), speed = total(bins).tolist(), len(values) * B * L / (time.perf_counter() - mark)
+            mean_loss = sum(v[0] for v in values) / len(values)
             log.write(step=done, loss=mean_loss, lr=learning_rate(step, config), grad_norm=values[-1][1],
                       loss_by_tau=[s / c if c else None for s, c in zip(sums, counts)], tokens_per_s=round(speed))
             bar.set_postfix_str(f"loss {mean_loss:.3f}, {speed / 1000:.1f}k tokens/s")
@@ -805,16 +605,18 @@ def train(model: Transformer, loss: Callable, corpus: data.Corpus, config: Confi
         if evaluate:
             with weights(model, ema):
                 by_tau = held_out_loss(model, loss, corpus, config.eval_rows if done < config.max_steps else sys.maxsize)
-                log.write(step=done, heldout=sum(by_tau) / 10, heldout_by_tau=by_tau)
-                say(f"step {done}: held-out loss {sum(by_tau) / 10:.4f}; by tenth of tau",
-                    " ".join(f"{x:.3f}" for x in by_tau))
-                lines = write_texts(model, sample(model, 4, 16, 0))
-            say("\n".join(f"    {line}" for line in lines))
+                texts = "".join(f"    {text}\n" for text in to_lines(model, sample(model, 4, 16, 0)))
+            log.write(step=done, heldout=sum(by_tau) / 10, heldout_by_tau=by_tau)
+            say(f"step {done}: held-out loss {sum(by_tau) / 10:.4f} nats a position, by tenth of tau "
+                + " ".join(f"{x:.3f}" for x in by_tau) + "\n" + texts.rstrip("\n"))
             if rank() == 0:
-                with open(run / f"{kind}.samples.txt", "a", encoding="utf-8") as file:
-                    file.write(f"step {done}\n" + "".join(f"    {line}\n" for line in lines))
-        if evaluate or done == last:
-            save(done)
+                with open(folder / f"{kind}.samples.txt", "a", encoding="utf-8") as file:
+                    file.write(f"step {done}\n{texts}")
+        if (evaluate or done == last) and rank() == 0:
+            write_checkpoint(folder / f"{kind}.pt", dict(
+                kind=kind, config=lasting(config) | {"dataset": Path(config.dataset).name}, source=corpus.meta["source"],
+                tokenizer=model.tokenizer.checksum, log_p=model.log_p, step=done, model=model.state_dict(), ema=ema,
+                optimizers=[optimizer.state_dict() for optimizer in optimizers]))
         if not history:
             mark = time.perf_counter()
     bar.close()
@@ -822,104 +624,93 @@ def train(model: Transformer, loss: Callable, corpus: data.Corpus, config: Confi
         p.data = average
     model.eval()
     if rank() == 0 and last == config.max_steps:
-        log.plot(run / f"{kind}.loss.png")
+        log.plot(folder / f"{kind}.loss.png")
 
 
-# -------------------------------------------------------------------------------------------------- 9. Command line
+# -------------------------------------------------------------------------------------------------- 7. Command line
 
 
-def write_texts(model: Transformer, tokens: Tensor) -> list[str]:
-    """One line a text of tokens (n, L): line breaks and backslashes escaped; padded texts end at their first end token."""
+def build(config: Config, tokenizer: data.Tokenizer, log_p: Tensor, kind: str = "flm") -> Transformer:
+    """A new network, alike on every process; its weights are a function of the seed."""
+    torch.manual_seed(mix(config.seed, 1))
+    model = Transformer(config, tokenizer.vocab_size, log_p)
+    model.kind, model.tokenizer = kind, tokenizer
+    return model
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> Transformer:
+    """The network of a checkpoint runs/NAME/K.pt with its average weights, ready to write, .tokenizer and .config with it.
+
+    Needs no more than the run folder. Raises UserError for a missing, damaged or foreign file.
+    """
+    path = Path(path)
+    content = read_checkpoint(path)
+    try:
+        tokenizer = data.Tokenizer.load(path.parent / "tokenizer.json")
+        if tokenizer.checksum != content["tokenizer"]:
+            raise ValueError("the tokenizer.json beside it is another's")
+        model = build(Config(**content["config"]), tokenizer, content["log_p"], content["kind"])
+        for p, average in zip(model.parameters(), content["ema"], strict=True):
+            p.data.copy_(average)
+    except (TypeError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"{path}: does not fit this program ({first_line(error)})") from None
+    return model.to(device).eval()
+
+
+def to_lines(model: Transformer, tokens: Tensor) -> list[str]:
+    """Tokens (n, L) as one line a text, line breaks and backslashes escaped; a padded text stops at its end token."""
     lines = []
     for ids in tokens.tolist():
         if not model.config.packing and model.tokenizer.end in ids:
             ids = ids[: ids.index(model.tokenizer.end)]
-        lines.append(model.tokenizer.decode(ids).replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r"))
+        text = model.tokenizer.decode(ids).replace("\\", "\\\\")
+        lines.append(text.replace("\n", "\\n").replace("\r", "\\r"))
     return lines
 
 
 def write_samples(config: Config, kind: str, sample: Callable) -> None:
-    """--sample: texts of the run's kind.pt to --out or standard output, one a line."""
-    model = load(Path(config.run_dir) / f"{kind}.pt", setup(config))
-    text = "".join(line + "\n" for line in write_texts(
-        model, sample(model, config.num_samples, config.sample_steps, config.seed)))
+    """--sample: texts of the run's K.pt, one a line, to --out or standard output."""
+    model = load(Path(config.run_dir) / f"{kind}.pt", setup(config.device, config.threads))
+    lines = to_lines(model, sample(model, config.num_samples, config.sample_steps, config.seed))
     try:
-        Path(config.out).write_text(text, encoding="utf-8") if config.out else sys.stdout.write(text)
+        with open(config.out, "w", encoding="utf-8") if config.out else contextlib.nullcontext(sys.stdout) as file:
+            file.write("".join(line + "\n" for line in lines))
     except OSError as error:
         raise UserError(f"--out {config.out}: cannot be written ({error.strerror})") from None
 
 
-def resumed(config: Config, given: set[str]) -> Config:
-    """The settings of the run in the folder; only what changes no bit of its weights may be given anew."""
-    path = Path(config.run_dir) / "config.json"
-    try:
-        old = json.loads(path.read_text())
-        stored = Config(**old)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no run to resume; start one without --resume") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not the settings of a run ({error})") from None
-    for name in given - RESUMABLE:
-        if getattr(stored, name) != getattr(config, name):
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: this run was begun with "
-                            f"{getattr(stored, name)}; leave the flag out, or start another --run-dir")
-    return Config(**old | {name: getattr(config, name) for name in RESUMABLE})
-
-
 def main(argv: list[str]) -> None:
-    config, given = parse(argv)
-    if config.sample:
-        check(config)
-        return write_samples(config, "flm", sample)
-    if config.resume:
-        config = resumed(config, given)
+    settings, given = parse(argv, Config, PRESETS, __doc__)
+    if settings["sample"]:
+        return write_samples(Config(**settings), "flm", sample)
+    config = Config(**open_folder(settings, given, "flm"))
     check(config)
-    device = setup(config)
-    run = claim(config, "flm")
+    folder, device = Path(config.run_dir), setup(config.device, config.threads)
     if config.bf16 is None:
         config.bf16 = bf16_is_faster(device)
-    settings = dict(dataset=config.dataset, tokenizer=config.tokenizer, seq_len=config.seq_len, packing=config.packing,
-                    seed=config.seed, batch_size=config.batch_size, vocab_size=config.vocab_size)
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        data.prepare(**settings)
-    if world() > 1:
-        dist.barrier()
-    corpus = data.prepare(**settings)
+    text = {name: getattr(config, name) for name in (
+        "dataset", "tokenizer", "vocab_size", "seq_len", "packing", "seed", "batch_size")}
+    if local_rank() == 0:
+        data.prepare(**text)
+    barrier()
+    corpus = data.prepare(**text)
     if device.type == "cuda" and not config.loss_chunk:
         config.loss_chunk = max(1, 2**28 // corpus.tokenizer.vocab_size)
     model = build(config, corpus.tokenizer, corpus.log_p).to(device)
     if rank() == 0 and not config.resume:
-        for name in ("flm", "fmlm"):  # a flow map distilled from the old weights goes with them
-            for old in run.glob(f"{name}.*"):
-                old.unlink()
-        corpus.tokenizer.save(run / "tokenizer.json")
-        (run / "config.json").write_text(json.dumps(
-            {k: v for k, v in asdict(config).items() if k not in RESUMABLE}, indent=1))
-    size = sum(p.numel() for p in model.parameters())
-    say(f"{config.dataset}: {corpus.blocks('train')} rows of {config.seq_len} tokens to train on, {corpus.blocks('heldout')} "
-        f"held out; V = {corpus.tokenizer.vocab_size}, {size / 1e6:.2f}M parameters, {config.parameterization}, on {device}"
-        f"{' in bfloat16' if config.bf16 else ''}, {world()} x {torch.get_num_threads()} threads")
+        for old in [*folder.glob("flm.*"), *folder.glob("fmlm.*")]:  # a map distilled from the old flow goes with it
+            old.unlink()
+        corpus.tokenizer.save(folder / "tokenizer.json")
+        (folder / "config.json").write_text(json.dumps(lasting(config), indent=1))
+    say(f"{config.dataset}: {corpus.blocks('train')} rows of {config.seq_len} tokens to train on, "
+        f"{corpus.blocks('heldout')} held out, V = {model.V}; {config.parameterization} network, "
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {'bfloat16' if config.bf16 else 'float32'} on "
+        f"{device}, {world()} x {torch.get_num_threads()} threads")
     train(model, flow_loss, corpus, config, "flm", sample)
-    if rank() == 0 and (not config.stop_after or config.stop_after >= config.max_steps):
+    if rank() == 0 and not 0 < config.stop_after < config.max_steps:
         for steps in (1, 4, 16, 64):
-            print(f"{steps} steps:", "  ".join(write_texts(model, sample(model, 8, steps, config.seed))), flush=True)
-
-
-def run(main: Callable[[list[str]], None]) -> int:
-    """Runs a command line; what the user can mend is one line and status 2."""
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        say(f"{Path(sys.argv[0]).name}: {error}")
-        return 2
-    except KeyboardInterrupt:
-        say("interrupted; --resume goes on from the last checkpoint")
-        return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
+            print(f"{steps} steps:", "  ".join(to_lines(model, sample(model, 8, steps, config.seed))), flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(guard(main))

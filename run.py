@@ -1,0 +1,247 @@
+"""What a run needs around the mathematics: flags, processes, checkpoints, the run folder and its log.
+
+Nothing here knows of flows; flm.py, distill.py and whatever else trains or samples share it.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict, field, fields
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data import UserError
+
+# Flags that may differ from those a run was begun with: they change no bit of its weights.
+FREE = {"run_dir", "device", "threads", "resume", "overwrite", "stop_after", "sample", "sample_steps", "num_samples", "out"}
+
+
+# -------------------------------------------------------------------------------------------------------------- flags
+
+
+def setting(default, help: str, least: float | None = None, most: float = math.inf, choices: tuple | None = None):
+    """A dataclass field that is also a flag: its default, help text and bounds."""
+    return field(default=default, metadata=dict(help=help, least=least, most=most, choices=choices))
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message}; --help lists the flags")
+
+
+def parse(argv: list[str], Config: type, presets: dict[str, dict], doc: str) -> tuple[dict, set[str]]:
+    """The settings of a command line, a dict of Config's fields, and the names of the flags that were given.
+
+    Each field of Config is a --flag. `presets` maps a --dataset to other defaults, "a text file" for any path.
+    Raises UserError for an unknown flag or a value out of bounds.
+    """
+    parser = Parser(description=doc, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
+    for f in fields(Config):
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type in (bool, bool | None) else dict(
+            type=f.type, choices=f.metadata["choices"], metavar=None if f.metadata["choices"] else f.type.__name__.upper())
+        other = "".join(f"; {name}: {preset[f.name]}" for name, preset in presets.items() if f.name in preset)
+        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, **kind,
+                            help=f"{f.metadata['help']} (default {f.default}{other})".replace("%", "%%"))
+    given = vars(parser.parse_args(argv))
+    dataset = given.get("dataset", Config.dataset)
+    settings = asdict(Config()) | presets.get(dataset, presets["a text file"]) | given
+    settings["run_dir"] = settings["run_dir"] or str(Path("runs") / (Path(dataset).name.split(".")[0] or "text"))
+    for f in fields(Config):
+        value, least, most = settings[f.name], f.metadata["least"], f.metadata["most"]
+        if least is not None and not (least <= value <= most and math.isfinite(value)):
+            raise UserError(f"{flag(f.name)} {value}: must be {least} or more" + f", {most} or less" * (most < math.inf))
+    return settings, set(given)
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+# ---------------------------------------------------------------------------------------------------------- processes
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def world() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def setup(kind: str, threads: int) -> torch.device:
+    """Sets the number of threads, chooses the device and, under torchrun, joins the process group."""
+    if threads:
+        torch.set_num_threads(threads)
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if kind != "cpu" and not getattr(torch, kind).is_available():
+        raise UserError(f"--device {kind}: this machine has none; use --device cpu")
+    device = torch.device(kind, local_rank()) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    if world() > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
+    return device
+
+
+def barrier() -> None:
+    if world() > 1:
+        dist.barrier()
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum of x over all processes, in place."""
+    if world() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def say(text: str) -> None:
+    """Prints on stderr from one process, above the progress bar."""
+    if rank() == 0:
+        from tqdm import tqdm
+
+        tqdm.write(text, file=sys.stderr)
+
+
+def guard(main: Callable[[list[str]], None]) -> int:
+    """Runs a command line and returns its exit status; what the user can mend is one line and status 2."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        say(f"{Path(sys.argv[0]).name}: {error}")
+        return 2
+    except KeyboardInterrupt:
+        say("interrupted; --resume goes on from the last checkpoint")
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def write_checkpoint(path: Path, content: dict) -> None:
+    """Replaces K.pt whole or not at all; what it held before stays as K.prev.pt."""
+    part = path.with_suffix(".part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            os.replace(path, path.with_suffix(".prev.pt"))
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path}: cannot be written ({error}); its older versions are whole") from None
+
+
+def read_checkpoint(path: Path) -> dict:
+    """The content of a checkpoint: plain values and tensors, no pickled code, its checksums verified first.
+
+    Raises UserError for a missing, damaged or foreign file.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; train one first: python flm.py --run-dir {path.parent}")
+    try:
+        with zipfile.ZipFile(path) as records:
+            if (bad := records.testzip()) is not None:
+                raise ValueError(f"{bad} is damaged")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or not {"kind", "config", "tokenizer", "log_p", "model", "ema"} <= content.keys():
+            raise ValueError("not written by this program")
+        return content
+    except Exception as error:  # zipfile, torch and pickle each raise their own
+        spare = path.with_suffix(".prev.pt")
+        mend = f"{spare} is the one before it: rename that" if spare.exists() else "train again with --overwrite"
+        raise UserError(f"{path}: not a whole checkpoint ({first_line(error)}); {mend}") from None
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+# --------------------------------------------------------------------------------------------------------- run folder
+
+
+def open_folder(settings: dict, given: set[str], kind: str) -> dict:
+    """Makes the run folder ready for a K = `kind` and returns the settings: those of its config.json if resuming.
+
+    Raises UserError if the folder cannot be written, holds a K that is not to be overwritten, or was begun otherwise.
+    """
+    folder = Path(settings["run_dir"])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); give another --run-dir") from None
+    if not settings["resume"]:
+        if any(folder.glob(f"{kind}*.pt")) and not settings["overwrite"]:
+            raise UserError(f"{folder}: holds a run; --resume goes on with it, --overwrite replaces it, --run-dir names "
+                            "another")
+        return settings
+    path = folder / "config.json"
+    try:
+        stored = json.loads(path.read_text())
+        if not isinstance(stored, dict) or stored.keys() != settings.keys() - FREE:
+            raise ValueError("its settings are not this program's")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no run to resume; start one without --resume") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not the settings of a run ({first_line(error)}); --overwrite trains anew") from None
+    for name in given - FREE:
+        if stored[name] != settings[name]:
+            raise UserError(f"{flag(name)} {settings[name]}: this run was begun with {stored[name]}; leave the flag out, or "
+                            "start another --run-dir")
+    return settings | stored
+
+
+def lasting(config) -> dict:
+    """The settings that decide the weights: what config.json and checkpoints keep."""
+    return {name: value for name, value in asdict(config).items() if name not in FREE}
+
+
+class Log:
+    """K.log.jsonl, one JSON object a line; on resuming from `step`, lines past it are dropped."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        self.lines = [json.loads(line) for line in path.read_text().splitlines()] if step and path.exists() else []
+        self.lines = [line for line in self.lines if line["step"] <= step]
+        if rank() == 0:
+            path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+
+    def write(self, **line) -> None:
+        self.lines.append(line)
+        if rank() == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def plot(self, path: Path) -> None:
+        """Loss over steps, and the last held-out loss by tenth of tau."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for name in ("loss", "heldout"):
+            left.plot(*zip(*((line["step"], line[name]) for line in self.lines if name in line)), label=name)
+        left.set(xlabel="step", ylabel="nats a position")
+        left.legend()
+        last = [line["heldout_by_tau"] for line in self.lines if "heldout" in line][-1]
+        right.bar([k / 10 + 0.05 for k in range(10)], last, width=0.09)
+        right.set(xlabel="tau", ylabel="held-out nats a position")
+        figure.savefig(path)
