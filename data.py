@@ -260,14 +260,14 @@ def prepare(dataset: str, tokenizer: str, seq_len: int, packing: bool, seed: int
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     folder = Path(cache) / f"{name}-{key}"
     if not (folder / "meta.json").is_file():
+        if next(documents(path), None) is None:
+            raise UserError(f"{path}: no text in it")
         part = folder.with_name(f".{folder.name}.{os.getpid()}")
         try:
             part.mkdir(parents=True, exist_ok=True)
             tokens = make_tokenizer(tokenizer, path, vocab_size)
             tokens.save(part / "tokenizer.json")
             lengths = write_tokens(part, path, tokens, seq_len, packing)
-            if not sum(lengths.values()):
-                raise UserError(f"{path}: no text in it")
             meta = settings | {"vocab_size": tokens.vocab_size, "tokens": lengths}
             (part / "meta.json").write_text(json.dumps(meta, indent=1))
             shutil.rmtree(folder, ignore_errors=True)  # a folder without meta.json was never finished

@@ -204,14 +204,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cap: float) -> Tensor:
 
 
 class LayerNorm(nn.Module):
-    """Layer norm with a weight and no bias, always in float32."""
+    """Layer norm with a weight and no bias, in the precision of the weight: float32."""
 
     def __init__(self, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), self.weight.shape, self.weight)
+        return F.layer_norm(x.to(self.weight.dtype), self.weight.shape, self.weight)
 
 
 class Block(nn.Module):
@@ -230,15 +230,15 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cond: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x (B, L, D), cond (B, C) -> (B, L, D)."""
         B, L, D = x.shape
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond)[:, None].float().chunk(6, dim=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond)[:, None].to(x.dtype).chunk(6, dim=-1)
         h = torch.addcmul(shift1, self.norm1(x), 1 + scale1)
         q, k, v = self.qkv(h).view(B, L, 3, self.heads, D // self.heads).unbind(2)
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
         h = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.cap)
         h = self.out(h.transpose(1, 2).reshape(B, L, D))
-        x = torch.addcmul(x, gate1, F.dropout(h, self.dropout, self.training).float())
+        x = torch.addcmul(x, gate1, F.dropout(h, self.dropout, self.training).to(x.dtype))
         h = self.mlp(torch.addcmul(shift2, self.norm2(x), 1 + scale2))
-        return torch.addcmul(x, gate2, F.dropout(h, self.dropout, self.training).float())
+        return torch.addcmul(x, gate2, F.dropout(h, self.dropout, self.training).to(x.dtype))
 
 
 class Transformer(nn.Module):
@@ -261,7 +261,8 @@ class Transformer(nn.Module):
         self.clock = Clock(V)
         self.register_buffer("log_p", log_p.float(), persistent=False)
         self.embedding = nn.Parameter(torch.empty(V, D).uniform_(-1, 1) / math.sqrt(D))  # E
-        self.position = nn.Parameter(torch.zeros(config.seq_len, D)) if config.position_embedding else None
+        learned = not config.packing if config.position_embedding is None else config.position_embedding
+        self.position = nn.Parameter(torch.zeros(config.seq_len, D)) if learned else None
         self.time_s = TimeEmbedding(config.cond_width, config.time_scale)
         self.time_t = TimeEmbedding(config.cond_width, config.time_scale)  # the second time, of the flow map
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
@@ -303,7 +304,9 @@ class Transformer(nn.Module):
         """[FLM] The state at t = 1 of tokens (B, L), or its expectation under probs (B, L, V)."""
         if tokens_or_probs.is_floating_point():
             return tokens_or_probs @ self.embedding if self.linear else tokens_or_probs
-        return F.embedding(tokens_or_probs, self.embedding) if self.linear else F.one_hot(tokens_or_probs, self.V).float()
+        if self.linear:
+            return F.embedding(tokens_or_probs, self.embedding)
+        return F.one_hot(tokens_or_probs, self.V).to(self.embedding.dtype)
 
     def bayes(self, state: Tensor, tau: Tensor) -> Tensor:
         """[FLM] c x_t, which with log p is the exact log-posterior of each token without its context: (B, L, V)."""
@@ -322,10 +325,10 @@ class Transformer(nn.Module):
             if tau_t is not None:
                 cond = cond + self.time_t(tau_t)
             cond = F.silu(cond)
-            x = x.float()
+            x = x.to(self.embedding.dtype)  # the residual stream stays in float32
             for block in self.blocks:
                 x = block(x, cond, self.cos, self.sin)
-            shift, scale = self.modulation(cond)[:, None].float().chunk(2, dim=-1)
+            shift, scale = self.modulation(cond)[:, None].to(x.dtype).chunk(2, dim=-1)
             x = torch.addcmul(shift, self.norm(x), 1 + scale)
         if targets is None:
             return self.logits(x, skip)
@@ -339,7 +342,7 @@ class Transformer(nn.Module):
     def logits(self, x: Tensor, skip: Tensor | None) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bool(self.config.bf16)):
             z = self.head(x)
-        z, cap = z.float(), self.config.logit_cap
+        z, cap = z.to(x.dtype), self.config.logit_cap
         if cap:
             z = cap * torch.tanh(z / cap)
         return z if skip is None else z + self.log_p + skip  # the cap never touches Bayes' part, which reaches thousands
@@ -368,7 +371,8 @@ class Config:
     cond_width: int = setting(128, "width of the time embedding", 1)
     dropout: float = setting(0.1, "on the residual branches", 0, 1)
     time_scale: float = setting(1.0, "factor on tau before its sinusoids", 0)
-    position_embedding: bool = setting(False, "learned positions, zero at first, beside the rotary ones")
+    position_embedding: bool | None = setting(None, "learned positions, zero at first, beside the rotary ones; left out: where "
+                                              "rows are padded: rotary positions alone do not tell where a row begins")
     logit_cap: float = setting(30.0, "soft cap on the network's output; 0: none", 0)
     attention_cap: float = setting(0.0, "soft cap on attention scores; 0: none", 0)
 
@@ -407,7 +411,7 @@ class Config:
 SMALL = dict(cond_width=64, dropout=0.0, time_scale=100.0, optimizer="muon", decay=0.5, warmup=100, log_every=20)
 PRESETS = {
     "words": SMALL | dict(tokenizer="chars", seq_len=16, packing=False, parameterization="posterior", depth=4, width=96,
-                          heads=3, position_embedding=True, max_steps=1500, batch_size=128, lr=3e-3, ema=0.99,
+                          heads=3, max_steps=1500, batch_size=128, lr=3e-3, ema=0.99,
                           eval_every=500, eval_rows=256),
     "sotu": SMALL | dict(tokenizer="bpe", vocab_size=1024, seq_len=32, parameterization="posterior", depth=4, width=128,
                          heads=4, max_steps=2000, batch_size=64, lr=3e-3, ema=0.99, eval_every=500, eval_rows=128),
@@ -638,6 +642,12 @@ def build(config: Config, tokenizer: data.Tokenizer, log_p: Tensor, kind: str = 
     return model
 
 
+def corpus_of(config: Config) -> data.Corpus:
+    """The tokenised text of these settings."""
+    return data.prepare(**{name: getattr(config, name) for name in (
+        "dataset", "tokenizer", "vocab_size", "seq_len", "packing", "seed", "batch_size")})
+
+
 def load(path: str | Path, device: str | torch.device = "cpu") -> Transformer:
     """The network of a checkpoint runs/NAME/K.pt with its average weights, ready to write, .tokenizer and .config with it.
 
@@ -688,12 +698,10 @@ def main(argv: list[str]) -> None:
     folder, device = Path(config.run_dir), setup(config.device, config.threads)
     if config.bf16 is None:
         config.bf16 = bf16_is_faster(device)
-    text = {name: getattr(config, name) for name in (
-        "dataset", "tokenizer", "vocab_size", "seq_len", "packing", "seed", "batch_size")}
     if local_rank() == 0:
-        data.prepare(**text)
+        corpus_of(config)
     barrier()
-    corpus = data.prepare(**text)
+    corpus = corpus_of(config)
     if device.type == "cuda" and not config.loss_chunk:
         config.loss_chunk = max(1, 2**28 // corpus.tokenizer.vocab_size)
     model = build(config, corpus.tokenizer, corpus.log_p).to(device)

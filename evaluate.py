@@ -1,0 +1,103 @@
+"""Judges samples: perplexity under an n-gram model of the training text, entropy, variety.
+
+    python evaluate.py --run-dir runs/words
+
+Low perplexity with low entropy is collapse: never quote one without the other.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import flm
+from run import Parser, guard, setup
+
+
+class NGram:
+    """Interpolated Kneser-Ney (Chen and Goodman 1999) over token ids, one discount n1 / (n1 + 2 n2) an order.
+
+    texts: sequences of ids, each read from its first token on. The longest n-grams and those at the start of a text are
+    counted as they occur, shorter ones by the number of tokens that precede them; the mass left over is even over V.
+    """
+
+    def __init__(self, texts: Sequence[Sequence[int]], V: int, order: int):
+        self.V, self.order, self.start = V, order, -1
+        counts = [Counter() for _ in range(order + 1)]  # by length
+        for text in texts:
+            text = (self.start, *text)
+            for i in range(1, len(text)):
+                counts[min(i + 1, order)][text[max(0, i + 1 - order) : i + 1]] += 1
+        for n in range(order, 1, -1):
+            for gram in counts[n]:
+                counts[n - 1][gram[1:]] += 1
+        self.counts, self.discounts = counts, [0.0]
+        self.contexts = defaultdict(lambda: [0, 0])  # context -> sum of the counts after it, how many tokens follow it
+        for table in counts[1:]:
+            once, twice = (sum(count == n for count in table.values()) for n in (1, 2))
+            self.discounts.append(once / (once + 2 * twice) if once else 0.5)
+            for gram, count in table.items():
+                after = self.contexts[gram[:-1]]
+                after[0] += count
+                after[1] += 1
+
+    def probability(self, context: Sequence[int], token: int) -> float:
+        """p(token | the ids before it, from the start of the text)."""
+        history = (self.start, *context)
+        p = 1 / self.V
+        for n in range(1, min(self.order, len(history) + 1) + 1):
+            gram = (*history[len(history) + 1 - n :], token)
+            if gram[:-1] not in self.contexts:
+                break
+            total, kinds = self.contexts[gram[:-1]]
+            discount = self.discounts[n]
+            p = (max(self.counts[n][gram] - discount, 0) + discount * kinds * p) / total
+        return p
+
+    def perplexity(self, texts: Sequence[Sequence[int]], end: int) -> float:
+        """exp of the mean negative log-probability of all tokens up to and including each text's first end token."""
+        texts = [until_end(text, end) for text in texts]
+        nats = [-math.log(self.probability(text[:i], text[i])) for text in texts for i in range(len(text))]
+        return math.exp(sum(nats) / len(nats))
+
+
+def until_end(text: Sequence[int], end: int) -> Sequence[int]:
+    """The tokens up to and including the first end token."""
+    return text[: text.index(end) + 1] if end in text else text
+
+
+def unigram_entropy(texts: Sequence[Sequence[int]]) -> float:
+    """Mean over the texts of the entropy, in nats, of the frequencies of the tokens in one text."""
+    return sum(-sum(c / len(text) * math.log(c / len(text)) for c in Counter(text).values()) for text in texts) / len(texts)
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--run-dir", default="runs/words", help="folder of a finished run")
+    parser.add_argument("--num-samples", type=int, default=1000, help="texts judged")
+    parser.add_argument("--seed", type=int, default=0, help="of their noise")
+    args = parser.parse_args(argv)
+    model = flm.load(Path(args.run_dir) / "flm.pt", setup("auto", 0))
+    settings = json.loads((Path(args.run_dir) / "config.json").read_text())  # the checkpoint does not keep the path
+    corpus = flm.corpus_of(replace(model.config, dataset=settings["dataset"]))
+    train, heldout = (corpus.batch(split, 0, range(corpus.blocks(split))).tolist() for split in ("train", "heldout"))
+    padded, end = not corpus.packing, corpus.tokenizer.end
+    order = 5 if corpus.tokenizer.kind == "chars" else 3
+    judge = NGram([until_end(row, end) if padded else row for row in train], model.V, order)
+
+    def line(name: str, texts: list[list[int]]) -> None:
+        texts = [until_end(text, end) if padded else text for text in texts]
+        print(f"{name:12}{judge.perplexity(texts, end):12.2f}{unigram_entropy(texts):12.3f}"
+              f"{len(set(map(tuple, texts))) / len(texts):12.3f}", flush=True)
+    print(f"{'':12}{'perplexity':>12}{'entropy':>12}{'distinct':>12}   ({args.num_samples} samples, {order}-gram judge)")
+    line("held out", heldout[: args.num_samples])
+    for steps in (1, 4, 16, 64):
+        line(f"{steps} steps", flm.sample(model, args.num_samples, steps, args.seed).tolist())
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main))

@@ -1,0 +1,560 @@
+"""What must stay true: every formula against an analytic or independent source, tolerances derived where they stand.
+
+    pytest test_flm.py
+"""
+
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import evaluate
+import flm
+from data import UserError
+from run import parse, read_checkpoint
+
+HERE = Path(__file__).parent
+TINY = "--depth 2 --width 16 --heads 2 --cond-width 8 --batch-size 8 --eval-rows 8 --log-every 1 --warmup 0 --no-bf16"
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_seed():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty working folder: token files and runs land in it."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def settings(flags: str) -> flm.Config:
+    return flm.Config(**parse(shlex.split(flags), flm.Config, flm.PRESETS, flm.__doc__)[0])
+
+
+def network(V: int, flags: str, log_p: torch.Tensor | None = None, dtype=torch.float32) -> flm.Transformer:
+    """A small network with random weights in every layer, so that nothing is true because of a zero."""
+    config = settings(f"--no-bf16 --depth 2 --heads 2 --cond-width 8 {flags}")
+    model = flm.Transformer(config, V, torch.full((V,), -math.log(V)) if log_p is None else log_p)
+    for p in model.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.3)
+    return model.to(dtype)
+
+
+def command(line: str, processes: int = 0) -> subprocess.CompletedProcess:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    return subprocess.run([sys.executable, *torchrun, str(HERE / "flm.py"), *shlex.split(line)], capture_output=True, text=True,
+                          timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def exact_denoiser(log_p: torch.Tensor, clock: flm.Clock):
+    """Truth 1: E[x1 | x_t] of independent positions with frequencies p."""
+    def denoiser(state, tau):
+        t = clock.t(tau)[:, None, None]
+        return torch.softmax(log_p + t / (1 - t) ** 2 * state, -1)
+    return denoiser
+
+
+# ----------------------------------------------------------------------------------------------------------- the clock
+
+
+def test_the_clock_has_the_closed_form_of_two_tokens():
+    """V = 2: right if z + m beats an independent normal, m = t/(1-t): P = Phi(m / sqrt 2). Quadrature is exact to 1e-14."""
+    t = torch.linspace(0, 0.95, 50, dtype=torch.float64)
+    P = torch.special.ndtr(t / (1 - t) / math.sqrt(2))
+    assert torch.allclose(flm.decodability(t, 2), 2 * P - 1, atol=1e-13, rtol=0)
+
+
+@pytest.mark.parametrize("V, expected", [
+    (27, [0.1057539, 0.4256657, 0.6694440, 0.7751157, 0.8230163]),
+    (30522, [0.6311407, 0.7359407, 0.8044806, 0.8450190, 0.8676207]),
+    (50258, [0.6464080, 0.7437947, 0.8087472, 0.8476519, 0.8694999]),
+])
+def test_the_clock_inverts_to_independently_computed_times(V, expected):
+    """Times from 20-digit quadrature and root finding (mpmath). Interpolation errs by h^2 |t''/t'^2| / 8 at h = 1/4096,
+    largest near tau = 1, where it was 9e-7; float32 adds 1e-7."""
+    clock = flm.Clock(V)
+    t = clock.t(torch.tensor([0.01, 0.1, 0.5, 0.9, 0.99]))
+    assert (t - torch.tensor(expected)).abs().max() < 1.5e-6
+    assert clock.t(torch.tensor([0.0, 1.0])).tolist() == [0, 1]
+    tau = torch.linspace(0, 0.999, 200)
+    assert (clock.tau(clock.t(tau)) - tau).abs().max() < 1e-6
+
+
+def test_decodability_is_the_frequency_of_a_right_argmax():
+    """200 000 noisy one-hots at V = 10: the binomial standard error is at most .0011; 4 of them."""
+    x = torch.randn(200_000, 10) * 0.4
+    x[:, 3] += 0.6
+    P = (x.argmax(-1) == 3).double().mean()
+    assert abs((10 * P - 1) / 9 - flm.decodability(torch.tensor([0.6], dtype=torch.float64), 10)) < 4 * 0.0011 * 10 / 9
+
+
+# --------------------------------------------------------------------------------------------------- sampler and loss
+
+
+def test_euler_steps_reach_the_source_as_fast_as_theory_says():
+    """Truth 2: total variation at 1, 2, 4, 8, 16 and 64 steps with the exact denoiser; 200 000 paths, standard error .001
+    in the figures and here: 3 standard errors of the difference are .0042. One step always emits the commonest token."""
+    p = torch.tensor([0.4, 0.25, 0.2, 0.1, 0.05])
+    clock, noise = flm.Clock(5), torch.randn(200_000, 1, 5)
+    for steps, expected in [(1, 0.60), (2, 0.093), (4, 0.030), (8, 0.011), (16, 0.004), (64, 0.0)]:
+        token = flm.euler(exact_denoiser(p.log(), clock), noise, clock, steps).argmax(-1).flatten()
+        distance = (token.bincount(minlength=5) / len(token) - p).abs().sum() / 2
+        assert abs(distance - expected) < (0.005 if steps == 64 else 0.0042 if steps > 1 else 1e-6), steps
+
+
+def test_the_euler_sampler_is_of_first_order():
+    """Truth 3: with N uniform steps in t up to t = .8, doubling N halves the distance to a fine solution (ratio 2 +- .1;
+    the fine one's own error, 1/32 of the smallest measured, makes 63/31 = 2.03 of the last)."""
+    class Uniform:  # the clock that divides [0, .8] evenly in t
+        def t(self, tau):
+            return 0.8 * tau
+    p = torch.tensor([0.4, 0.25, 0.2, 0.1, 0.05], dtype=torch.float64)
+    noise, clock = torch.randn(500, 1, 5, dtype=torch.float64), Uniform()
+    end = {}
+    for steps in (20, 40, 80, 160, 5120):
+        _, path = flm.euler(exact_denoiser(p.log(), clock), noise, clock, steps, path=True)
+        tau, state, probs = path[-1]
+        t, t_next = clock.t(tau), 0.8
+        end[steps] = state + (t_next - t) / (1 - t) * (probs - state)
+    errors = [(end[n] - end[5120]).abs().mean() for n in (20, 40, 80, 160)]
+    for coarse, fine in zip(errors, errors[1:]):
+        assert abs(coarse / fine - 2) < 0.1
+
+
+def test_the_path_of_the_sampler_is_the_flow():
+    """Recorded states obey x + (t' - t) b_t(x) with b = (D - x)/(1 - t), and the first is the noise, to rounding."""
+    p = torch.tensor([0.5, 0.3, 0.2])
+    clock, noise = flm.Clock(3), torch.randn(7, 2, 3)
+    probs, path = flm.euler(exact_denoiser(p.log(), clock), noise, clock, 5, path=True)
+    assert torch.equal(path[0][1], noise) and torch.equal(path[-1][2], probs) and len(path) == 5
+    for (tau, x, D), (tau_next, x_next, _) in zip(path, path[1:]):
+        t, t_next = clock.t(tau), clock.t(tau_next)
+        assert torch.allclose(x_next, x + (t_next - t) * (D - x) / (1 - t), atol=1e-6)
+
+
+def test_the_exact_flow_never_mixes_two_phrases():
+    """Truth 9: "new york" and "san diego": 0 of 2000 mixed, each 45 to 55 % (4.5 standard errors of .011), though sampling
+    each token from its marginal mixes half of the time (a binomial's .5 +- .05)."""
+    V, clock = 4, flm.Clock(4)
+    phrases = F.one_hot(torch.tensor([[0, 1], [2, 3]]), V).float()
+
+    def denoiser(state, tau):  # Bayes' rule over the two phrases
+        t = clock.t(tau)[:, None, None]
+        score = (t / (1 - t) ** 2 * state).flatten(1) @ phrases.flatten(1).T
+        return (score.softmax(-1) @ phrases.flatten(1)).view_as(state)
+    noise = torch.randn(2000, 2, V)
+    first, second = flm.euler(denoiser, noise, clock, 256).argmax(-1).T
+    assert torch.equal(second, first + 1)
+    assert 0.45 < (first == 0).float().mean() < 0.55
+    marginal = denoiser(noise, torch.zeros(2000)).flatten(0, 1).multinomial(1).view(2000, 2)
+    assert abs((marginal[:, 1] != marginal[:, 0] + 1).float().mean() - 0.5) < 0.05
+
+
+def test_a_sampler_in_vocabulary_space_and_one_in_embedding_space_agree():
+    """Truth 6: the linear network sees x_t only through x_t E, and every step is linear: equal to float64 rounding."""
+    model = network(11, "--parameterization linear --width 8 --seq-len 5", dtype=torch.float64).eval()
+    eps = torch.randn(3, 5, 11, dtype=torch.float64)
+    small = flm.euler(lambda h, tau: model(h, tau).softmax(-1), eps @ model.embedding, model.clock, 16, model.clean)
+    large = flm.euler(lambda x, tau: model(x @ model.embedding, tau).softmax(-1), eps, model.clock, 16)
+    assert (small - large).abs().max() < 1e-12
+    assert small.std() > 0.05  # of probabilities that do differ
+
+
+def test_noise_of_the_linear_network_has_the_covariance_of_one_hot_noise():
+    """Truth 6: cov = E^T E. An entry of a Gaussian sample covariance has standard error
+    sqrt((C_ij^2 + C_ii C_jj) / n); 5 of them over 21 entries. V <= D must take the other road, to the same law."""
+    for V, D in ((40, 6), (6, 6)):
+        model = network(V, f"--parameterization linear --width {D} --heads 1 --seq-len 4")
+        assert model.noise_dims == (D if V > D else V)
+        _, white = flm.Rows(0, 0, range(5000), 5000).draw(4, model.noise_dims, torch.device("cpu"))
+        h = model.noise(white).detach().flatten(0, 1)
+        C = (model.embedding.T @ model.embedding).detach()
+        error = ((C**2 + C.diag()[:, None] * C.diag()) / len(h)).sqrt()
+        assert (((h.T @ h) / len(h) - C).abs() / error).max() < 5
+        assert (h.mean(0).abs() / (C.diag() / len(h)).sqrt()).max() < 5
+
+
+def test_the_embedding_learns_the_same_from_small_noise_as_from_one_hot_noise():
+    """The expected gradient of E through z chol(E^T E)^T equals that through eps E. 400 batches each give means and
+    standard errors: the largest of 96 standardised differences stays below 4.5 (chance 7e-4). Without the gradient of the
+    factor it does not."""
+    V, D, L, n = 12, 8, 4, 400
+    model = network(V, f"--parameterization linear --width {D} --seq-len {L}").eval()
+    E = model.embedding
+    tokens = torch.randint(V, (16, L))
+    tau = ((torch.arange(16) + 0.5) / 16)
+    t = model.clock.t(tau)[:, None, None]
+
+    def gradients(noise):
+        found = []
+        for _ in range(n):
+            state = (1 - t) * noise() + t * model.clean(tokens)
+            found.append(torch.autograd.grad(model(state, tau, targets=tokens).mean(), E)[0])
+        found = torch.stack(found)
+        return found.mean(0), found.var(0) / n
+
+    def detached():
+        factor = torch.linalg.cholesky((E.T @ E).detach())
+        return torch.randn(16, L, D) @ factor.T
+    one_hot = gradients(lambda: torch.randn(16, L, V) @ E)
+    z = {name: (a[0] - one_hot[0]) / (a[1] + one_hot[1]).sqrt() for name, a in {
+        "ours": gradients(lambda: model.noise(torch.randn(16, L, D))), "detached": gradients(detached)}.items()}
+    assert z["ours"].abs().max() < 4.5 < z["detached"].abs().max()
+
+
+def test_an_untrained_linear_network_has_the_loss_log_v():
+    """Truth 7: a zero output layer predicts evenly, at every time; float32 rounding."""
+    model = flm.Transformer(settings("--parameterization linear --width 16 --heads 2 --seq-len 8"), 33, torch.zeros(33))
+    nll, _ = flm.flow_loss(model, torch.randint(33, (16, 8)), flm.Rows(0, 0, range(16), 16))
+    assert torch.allclose(nll, torch.full((16,), math.log(33)), atol=1e-5)
+
+
+def test_an_untrained_posterior_network_has_the_loss_of_bayes_rule():
+    """Truth 7: with its output weights at zero it is Bayes' rule without context, here from Gaussian densities in float64:
+    log p(k) - |x - t e_k|^2 / (2 (1-t)^2). float32 scores of up to 2450 x leave 1e-3 of rounding at the largest times."""
+    V, L, B = 9, 6, 64
+    p = torch.softmax(torch.randn(V), 0)
+    model = flm.Transformer(settings(f"--parameterization posterior --width 16 --heads 2 --seq-len {L}"), V, p.log())
+    torch.nn.init.zeros_(model.head.weight)
+    tokens, rows = p.multinomial(B * L, replacement=True).view(B, L), flm.Rows(3, 1, range(B), B)
+    nll, tau = flm.flow_loss(model, tokens, rows)
+    t = model.clock.t(tau).double()[:, None, None]
+    x = (1 - t) * rows.draw(L, V, torch.device("cpu"))[1] + t * F.one_hot(tokens, V)
+    squares = (x[..., None, :] - t[..., None] * torch.eye(V)).square().sum(-1)
+    exact = F.cross_entropy((p.double().log() - squares / (2 * (1 - t) ** 2)).flatten(0, 1), tokens.flatten(), reduction="none")
+    assert (1 - t).min() > 0.02  # where the clip of c is not felt
+    assert torch.allclose(nll.double(), exact.view(B, L).mean(1), atol=1e-3)
+
+
+def test_times_are_stratified_and_rows_do_not_depend_on_their_company():
+    whole = flm.Rows(7, 3, range(12), 12)
+    tau, white = whole.draw(4, 5, torch.device("cpu"))
+    assert (tau * 12).long().tolist() == list(range(12))  # one in each stratum
+    part_tau, part_white = flm.Rows(7, 3, range(5, 9), 12).draw(4, 5, torch.device("cpu"))
+    assert torch.equal(tau[5:9], part_tau) and torch.equal(white[5:9], part_white)
+    for other in (flm.Rows(8, 3, range(12), 12), flm.Rows(7, 4, range(12), 12)):
+        assert not (other.draw(4, 5, torch.device("cpu"))[1] == white).any()
+    seeds = {flm.mix(0, step, row) for step in range(200) for row in range(200)}
+    assert len(seeds) > 40_000 - 5  # 40 000^2 / 2^33 = .19 collisions expected
+
+
+def test_chunked_cross_entropy_is_the_whole_one_and_holds_less():
+    """Values and gradients agree to float32 rounding, for tokens and for soft targets, in both parameterisations, and what
+    autograd keeps of size V shrinks: the logits of all positions to none, being computed again chunk by chunk."""
+    for kind in ("linear", "posterior"):
+        model = network(50, f"--parameterization {kind} --width 16 --seq-len 6")
+        state = torch.randn(4, 6, 16 if kind == "linear" else 50)
+        tau = torch.rand(4)
+        for targets in (torch.randint(50, (4, 6)), torch.randn(4, 6, 50).softmax(-1)):
+            found, held = [], []
+            for chunk in (0, 7):
+                model.config.loss_chunk = chunk
+                sizes = {}
+
+                def keep(x, sizes=sizes):
+                    sizes[x.data_ptr()] = x.numel() if x.ndim and x.shape[-1] == 50 else 0
+                    return x
+                with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                    nll = model(state, tau, targets=targets)
+                held.append(sum(sizes.values()))
+                found.append((nll, *torch.autograd.grad(nll.mean(), [model.head.weight, model.blocks[0].qkv.weight])))
+            for whole, chunked in zip(*found):
+                assert torch.allclose(whole, chunked, rtol=1e-4, atol=1e-6)
+            assert held[1] <= held[0] - 4 * 6 * 50
+
+
+# ------------------------------------------------------------------------------------------------- network and training
+
+
+def test_attention_sees_relative_positions_through_the_rotation():
+    """Rotary scores depend on distances alone: q at i and k at j score as q at i+3 and k at j+3, to rounding."""
+    model = network(5, "--parameterization linear --width 16 --seq-len 12")
+    q, k = torch.randn(16), torch.randn(16)
+
+    def score(i, j):
+        q_i, k_j = (flm.rotate(x.view(1, 1, 8 * 2)[..., :8], model.cos[at : at + 1], model.sin[at : at + 1])
+                    for x, at in ((q, i), (k, j)))
+        return (q_i * k_j).sum()
+    assert torch.allclose(score(2, 7), score(5, 10), atol=1e-5) and not torch.allclose(score(2, 7), score(2, 8), atol=1e-3)
+    x = torch.randn(2, 3, 12, 4)
+    ours = flm.attention(x, x.flip(-1), x + 1, 0)
+    assert torch.allclose(ours, F.scaled_dot_product_attention(x, x.flip(-1), x + 1), atol=1e-5)
+
+
+def test_muon_is_torchs_muon_in_float32():
+    """Three steps of torch.optim.Muon from the same start. Its Newton-Schulz runs in bfloat16, whose rounding (2^-8) passes
+    through five polynomials of slope up to 3.4445, and moves singular values near 0 most: 5 % of the update is allowed."""
+    start = torch.randn(24, 16)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    a, b = flm.Muon([ours], lr=0.1), torch.optim.Muon([theirs], lr=0.1, weight_decay=0, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        ours.grad = torch.randn(24, 16)
+        theirs.grad = ours.grad.clone()
+        a.step()
+        b.step()
+    assert (ours - theirs).norm() < 0.05 * (theirs - start).norm()
+    singular = torch.linalg.svdvals(flm.orthogonalise(torch.randn(24, 16)))
+    assert 0.5 < singular.min() and singular.max() < 1.3
+
+
+def test_the_learning_rate_rises_holds_and_falls():
+    config = settings("--lr 1 --warmup 10 --decay 0.5 --max-steps 100")
+    assert [round(flm.learning_rate(s, config), 6) for s in (0, 4, 9, 30, 50, 75, 99)] == [0.1, 0.5, 1, 1, 1, 0.5, 0.02]
+
+
+def test_a_corpus_of_one_line_needs_one_euler_step(folder, capsys):
+    """Truth 7: nothing is left to decide, so a network that has learned it writes it at once, from any noise."""
+    (folder / "line.txt").write_text("the flow\n")
+    for kind in ("linear", "posterior"):
+        flm.main(shlex.split(f"--dataset line.txt --tokenizer chars --no-packing --seq-len 10 {TINY} --max-steps 120 --lr 0.02 "
+                             f"--eval-every 999 --parameterization {kind} --run-dir {kind}"))
+        capsys.readouterr()
+        flm.main(shlex.split(f"--sample --run-dir {kind} --sample-steps 1 --num-samples 5 --seed 9"))
+        assert capsys.readouterr().out.split("\n") == ["the flow"] * 5 + [""]
+
+
+def test_resuming_continues_bit_for_bit(folder):
+    """4 steps in a row and 2 + 2 end in the same weights, average, and optimizer state, with dropout and micro-batches."""
+    flags = f"--max-steps 4 {TINY} --eval-every 3 --micro-batch-size 4 --dropout 0.1 --seed 5"
+    flm.main(shlex.split(f"{flags} --run-dir whole"))
+    flm.main(shlex.split(f"{flags} --run-dir parts --stop-after 2"))
+    flm.main(shlex.split("--resume --run-dir parts --threads 1"))
+    whole, parts = (read_checkpoint(Path(name, "flm.pt")) for name in ("whole", "parts"))
+    assert whole["step"] == parts["step"] == 4
+    assert_equal(whole, parts)
+    logs = [[json.loads(line) for line in Path(name, "flm.log.jsonl").read_text().splitlines()] for name in ("whole", "parts")]
+    assert [(x["step"], x.get("loss")) for x in logs[0]] == [(x["step"], x.get("loss")) for x in logs[1]]
+
+
+def assert_equal(a, b) -> None:
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        a, b = list(a.values()), list(b.values())
+    if isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_equal(x, y)
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+def test_one_and_two_processes_take_the_same_step(folder):
+    """After one step AdamW's first moment is a tenth of the gradient: equal to 1e-5 relative, on one process, on two, and on
+    two that accumulate micro-batches. Their held-out losses agree as well."""
+    flags = f"--max-steps 1 {TINY} --optimizer adamw --clip 0 --device cpu"
+    found = []
+    for name, processes, more in (("one", 1, ""), ("two", 2, ""), ("micro", 2, "--micro-batch-size 2")):
+        done = command(f"{flags} {more} --run-dir {name}", processes)
+        assert done.returncode == 0, done.stderr
+        state = read_checkpoint(Path(name, "flm.pt"))["optimizers"][0]["state"]
+        heldout = json.loads(Path(name, "flm.log.jsonl").read_text().splitlines()[-1])["heldout_by_tau"]
+        found.append((torch.cat([s["exp_avg"].flatten() for s in state.values()]), torch.tensor(heldout)))
+    for gradient, heldout in found[1:]:
+        assert found[0][0].norm() > 0
+        assert (gradient - found[0][0]).norm() < 1e-5 * found[0][0].norm()
+        assert torch.allclose(heldout, found[0][1], rtol=1e-4)
+
+
+def test_the_same_seed_writes_the_same_text(folder, capsys):
+    flm.main(shlex.split(f"--max-steps 30 {TINY} --lr 0.01 --eval-every 999"))
+    texts = []
+    for flags in ("--seed 1", "--seed 1 --threads 1", "--seed 2", "--seed 1 --num-samples 20"):
+        capsys.readouterr()
+        flm.main(shlex.split(f"--sample --sample-steps 4 --num-samples 8 {flags}"))
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2] and len(texts[0].splitlines()) == 8
+    assert texts[3].startswith(texts[0])  # a text depends on its number, not on its company
+    flm.main(shlex.split("--sample --sample-steps 4 --num-samples 8 --seed 1 --out words.txt"))
+    assert (folder / "words.txt").read_text() == texts[0] and capsys.readouterr().out == ""
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_checkpoint(folder):
+    config = settings(f"{TINY} --max-steps 9 --eval-every 2 --run-dir .")
+    corpus = data.prepare("words", "chars", 16, False, 0, 8)
+
+    def loss(model, tokens, rows):
+        nll, tau = flm.flow_loss(model, tokens, rows)
+        return (nll * math.nan if rows.step == 5 and rows.tau is None else nll), tau
+    corpus.tokenizer.save(folder / "tokenizer.json")
+    with pytest.raises(UserError, match="loss of step 5 "):
+        flm.train(flm.build(config, corpus.tokenizer, corpus.log_p), loss, corpus, config, "flm", flm.sample)
+    kept = read_checkpoint(folder / "flm.pt")
+    assert kept["step"] == 4 and all(x.isfinite().all() for x in [*kept["ema"], *kept["model"].values()])
+    flm.load(folder / "flm.pt")
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+
+def test_every_tokenizer_returns_the_text_it_was_given(folder):
+    texts = ["the lazy dog", "  two  spaces ", "naïve café — 東京 🙂", "<|end|> [SEP] [CLS]", "tab\tand \\ backslash"]
+    (folder / "a.txt").write_text("\n".join(texts * 30), encoding="utf-8")
+    for kind, size in (("chars", 0), ("bpe", 300)):
+        tokenizer = data.make_tokenizer(kind, folder / "a.txt", size)
+        tokenizer.save(folder / "t.json")
+        again = data.Tokenizer.load(folder / "t.json")
+        ids = again.encode(texts)
+        assert ids == tokenizer.encode(texts) and max(map(max, ids)) < again.vocab_size
+        assert all(again.end not in row for row in ids)
+        assert [again.decode([*row, again.end, again.end]) for row in ids] == texts
+        assert again.decode([*ids[0], again.end, *ids[1]]) == texts[0] + "\n" + texts[1]
+    assert data.make_tokenizer("bpe", folder / "a.txt", 300).vocab_size == 300
+
+
+def test_an_epoch_visits_every_row_once_and_batches_are_pure(folder):
+    corpus = data.prepare("words", "chars", 16, False, seed=3, batch_size=100)
+    n = corpus.blocks("train")
+    rows = torch.cat([corpus.batch("train", 0, range(start, min(start + 1000, n))) for start in range(0, n, 1000)])
+    words = {corpus.tokenizer.decode(row) for row in rows}
+    assert len(words) == n == 28509
+    every = {text for _, text in data.documents(data.EMBEDDED["words"])}
+    assert every - words == {text for text in every if data.held_out(text)}  # the rest is held out
+    assert torch.equal(corpus.batch("train", 2, range(10, 20)), corpus.batch("train", 0, range(210, 220)))
+    assert not torch.equal(corpus.batch("train", 0, range(100)), corpus.batch("train", 0, range(n, n + 100)))
+
+
+def test_packed_rows_are_the_running_text(folder):
+    (folder / "a.txt").write_text("\n".join(f"line {i} of some text" for i in range(300)))
+    corpus = data.prepare("a.txt", "chars", 32, True, seed=0, batch_size=4)
+    text = corpus.tokenizer.decode(corpus.splits["train"])
+    assert text.split("\n") == [t for _, t in data.documents(folder / "a.txt") if not data.held_out(t)]
+    circle = text + "\n" + text
+    assert all(corpus.tokenizer.decode([*row, 0]).strip("\n") in circle for row in corpus.batch("train", 5, range(40)))
+    assert torch.allclose(corpus.log_p.exp().sum(), torch.tensor(1.0))
+
+
+def test_the_cache_follows_the_source_and_the_settings(folder):
+    source = folder / "a.txt"
+    source.write_text("one\ntwo\nthree\n" * 10)
+    first = data.prepare("a.txt", "chars", 8, False, 0, 4).splits["train"]
+    stamp = {p: p.stat().st_mtime_ns for p in Path("data").rglob("*.bin")}
+    data.prepare("a.txt", "chars", 8, False, 0, 4)
+    assert stamp == {p: p.stat().st_mtime_ns for p in Path("data").rglob("*.bin")}  # nothing written twice
+    source.write_text("four\nfive\nsix\n" * 10)
+    assert len(data.prepare("a.txt", "chars", 8, False, 0, 4).splits["train"]) and len(list(Path("data").iterdir())) == 2
+    assert len(data.prepare("a.txt", "chars", 9, False, 0, 4).splits["train"]) % 9 == 0
+    assert len(first) % 8 == 0 and not [p for p in Path("data").iterdir() if p.name.startswith(".")]
+
+
+# ------------------------------------------------------------------------------------------------------------- the judge
+
+
+def test_the_judge_gives_each_context_a_distribution():
+    """Kneser-Ney probabilities of all next tokens sum to 1 (float64 rounding), in seen and unseen contexts."""
+    random = torch.Generator().manual_seed(0)
+    rows = torch.randint(1, 6, (200, 6), generator=random).tolist()
+    judge = evaluate.NGram([row[: 1 + i % 6] + [0] for i, row in enumerate(rows)], V=7, order=4)
+    for context in ([], rows[0][:2], rows[1][:3], [6, 6, 6], [5]):
+        assert abs(sum(judge.probability(context, token) for token in range(7)) - 1) < 1e-12
+
+
+def test_the_judge_of_order_two_equals_a_hand_count():
+    """Texts "a a", "a b" (0 ends): interpolated Kneser-Ney with D = n1 / (n1 + 2 n2), counted by hand.
+
+    Bigrams ^a 2, aa 1, ab 1, a0 1, b0 1: D = 4/(4 + 2) = 2/3. Unigrams count what precedes: a: {^, a} 2, b: 1, 0: {a, b} 2,
+    of 5: n1 = 1, n2 = 2, D = 1/5, and the mass 3 D / 5 spread evenly over V = 3."""
+    judge = evaluate.NGram([[1, 1, 0], [1, 2, 0]], V=3, order=2)
+    one = (1 - 1 / 5) / 5 + 3 / 5 / 5 / 3
+    assert abs(judge.probability([], 1) - ((2 - 2 / 3) / 2 + 2 / 3 / 2 * ((2 - 1 / 5) / 5 + 3 / 5 / 5 / 3))) < 1e-12
+    assert abs(judge.probability([1], 2) - ((1 - 2 / 3) / 3 + 2 / 3 * 3 / 3 * one)) < 1e-12
+    expected = [-math.log(judge.probability([], 1)), -math.log(judge.probability([1], 0))]
+    assert abs(judge.perplexity([[1, 0, 0, 2]], end=0) - math.exp(sum(expected) / 2)) < 1e-12  # nothing after the end
+
+
+def test_unigram_entropy_is_that_of_each_text():
+    assert abs(evaluate.unigram_entropy([[1, 1, 2, 2], [3, 3, 3, 3]]) - math.log(2) / 2) < 1e-12
+
+
+# -------------------------------------------------------------------------------------------------- the command line
+
+
+def test_every_command_in_the_readme_parses():
+    commands = re.findall(r"^\s*(?:torchrun [^\n]*? |python )flm\.py([^\n#]*)", (HERE / "README.md").read_text(), re.M)
+    assert len(commands) >= 4
+    for line in commands:
+        settings(line)
+
+
+BAD = {
+    "--dataset nowhere.txt": "nowhere.txt: no such file",
+    "--dataset empty.txt": "empty.txt: no text",
+    "--dataset latin.txt": "latin.txt:2: not UTF-8",
+    "--dataset broken.txt.gz": "broken.txt.gz: cannot be read",
+    "--dataset long.txt --no-packing --tokenizer chars": "long.txt:2: 40 tokens",
+    "--dataset long.txt --tokenizer chars --seq-len 4096": "do not fill one row",
+    "--dataset long.txt --vocab-size 9999": "--vocab-size 9999: this text gives",
+    "--dataset long.txt --vocab-size 20": "--vocab-size 20",
+    "--seq-len 0": "--seq-len 0: must be 1 or more",
+    "--seq-len many": "argument --seq-len: invalid int value: 'many'",
+    "--lr nan": "--lr nan: must be 0 or more",
+    "--dropout 2": "--dropout 2.0: must be 0 or more, 1 or less",
+    "--batch-size 8 --micro-batch-size 3": "--micro-batch-size 3: must divide",
+    "--width 30 --heads 4": "--width 30: must be a multiple",
+    "--colour blue": "unrecognized arguments: --colour",
+    "--optimizer sgd": "invalid choice: 'sgd'",
+    "--run-dir empty.txt/run": "empty.txt/run: cannot be written",
+    "--run-dir finished": "finished: holds a run; --resume",
+    "--run-dir finished --resume --lr 9": "--lr 9.0: this run was begun with",
+    "--run-dir nothing --resume": "no run to resume",
+    "--sample --run-dir nothing": "no such checkpoint; train one first: python flm.py",
+    "--sample --run-dir cut": "not a whole checkpoint",
+    "--sample --run-dir flipped": "not a whole checkpoint",
+    "--sample --run-dir foreign": "foreign/flm.pt: not a whole checkpoint (not written by this program)",
+    "--sample --run-dir pickled": "pickled/flm.pt: not a whole checkpoint",
+    "--sample --run-dir other": "does not fit this program (the tokenizer.json",
+    "--run-dir badconfig --resume": "config.json: not the settings of a run",
+    "--sample --run-dir finished --out empty.txt/samples": "--out empty.txt/samples: cannot be written",
+} | ({} if torch.cuda.is_available() else {"--device cuda": "--device cuda: this machine has none"})
+
+
+class Danger:
+    def __reduce__(self):
+        return (Path.touch, (Path("executed"),))
+
+
+def test_what_a_user_can_do_wrong_is_one_line_and_loses_nothing(folder):
+    Path("empty.txt").write_text("\n\n")
+    Path("latin.txt").write_bytes(b"fine\ncaf\xe9\n")
+    Path("broken.txt.gz").write_bytes(b"\x1f\x8b\x08 not gzip")
+    Path("long.txt").write_text("\n".join(["short", "x" * 40, *"abcdefgh"]))
+    flm.main(shlex.split(f"--max-steps 1 {TINY} --run-dir finished"))
+    good = Path("finished/flm.pt").read_bytes()
+    for name in ("cut", "flipped", "foreign", "pickled", "other", "badconfig"):
+        Path(name).mkdir()
+        for part in Path("finished").iterdir():
+            Path(name, part.name).write_bytes(part.read_bytes())
+    Path("cut/flm.pt").write_bytes(good[: len(good) // 2])
+    Path("flipped/flm.pt").write_bytes(good[: len(good) // 2] + bytes([good[len(good) // 2] ^ 1]) + good[len(good) // 2 + 1 :])
+    torch.save({"weights": torch.zeros(3)}, "foreign/flm.pt")
+    torch.save(Danger(), "pickled/flm.pt")
+    Path("other/tokenizer.json").write_text('{"kind": "chars", "chars": "ab"}')
+    Path("badconfig/config.json").write_text('{"seed": 1')
+    for line, expected in BAD.items():
+        with pytest.raises(UserError) as error:
+            flm.main(shlex.split(line))
+        assert expected in str(error.value) and "\n" not in str(error.value), (line, str(error.value))
+    assert Path("finished/flm.pt").read_bytes() == good and not Path("executed").exists()
+    done = command("--run-dir finished")
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_importing_flm_needs_no_more_than_torch_and_numpy():
+    code = "import sys, torch, numpy; a = set(sys.modules); import flm; print(*sorted(m for m in set(sys.modules) - a))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, check=True).stdout.split()
+    assert not {"tqdm", "matplotlib", "tiktoken", "tokenizers"} & {name.split(".")[0] for name in found}
