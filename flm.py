@@ -371,8 +371,8 @@ class Config:
     cond_width: int = setting(128, "width of the time embedding", 1)
     dropout: float = setting(0.1, "on the residual branches", 0, 1)
     time_scale: float = setting(1.0, "factor on tau before its sinusoids", 0)
-    position_embedding: bool | None = setting(None, "learned positions, zero at first, beside the rotary ones; left out: where "
-                                              "rows are padded: rotary positions alone do not tell where a row begins")
+    position_embedding: bool | None = setting(None, "learned positions, zero at first, beside the rotary ones, which do not "
+                                              "tell where a row begins; left out: where rows are padded")
     logit_cap: float = setting(30.0, "soft cap on the network's output; 0: none", 0)
     attention_cap: float = setting(0.0, "soft cap on attention scores; 0: none", 0)
 

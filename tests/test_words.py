@@ -1,13 +1,10 @@
 """Slow proofs: the README's first command, run to its end."""
 
 import json
-import math
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-import torch
 
 HERE = Path(__file__).parent.parent
 
