@@ -38,13 +38,17 @@ def materialised_loss(model: flm.Transformer, tokens: Tensor, rows: flm.Rows) ->
 LOSSES = {"limit": masked_loss, "linear": flm.flow_loss, "posterior": flm.flow_loss, "materialised": materialised_loss}
 
 
-def main(argv: list[str]) -> None:
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     for name, default in dict(vocab=50257, width=256, depth=4, rows=8, seq_len=128, repeats=7, threads=0).items():
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=default)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--device", default="auto")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
     device = setup(args.device, args.threads)
     steps = {}
     for name, loss in LOSSES.items():

@@ -75,12 +75,16 @@ def unigram_entropy(texts: Sequence[Sequence[int]]) -> float:
     return sum(-sum(c / len(text) * math.log(c / len(text)) for c in Counter(text).values()) for text in texts) / len(texts)
 
 
-def main(argv: list[str]) -> None:
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--run-dir", default="runs/words", help="folder of a finished run")
     parser.add_argument("--num-samples", type=int, default=1000, help="texts judged")
     parser.add_argument("--seed", type=int, default=0, help="of their noise")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
     model = flm.load(Path(args.run_dir) / "flm.pt", setup("auto", 0))
     settings = json.loads((Path(args.run_dir) / "config.json").read_text())  # the checkpoint does not keep the path
     corpus = flm.corpus_of(replace(model.config, dataset=settings["dataset"]))

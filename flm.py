@@ -185,7 +185,7 @@ class TimeEmbedding(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions, half-split: x (..., L, heads, 2k), cos and sin (L, 1, k)."""
+    """Rotary positions, half-split: x (B, L, n, heads, 2k), cos and sin (L, 1, 1, k)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
@@ -232,8 +232,8 @@ class Block(nn.Module):
         B, L, D = x.shape
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond)[:, None].to(x.dtype).chunk(6, dim=-1)
         h = torch.addcmul(shift1, self.norm1(x), 1 + scale1)
-        q, k, v = self.qkv(h).view(B, L, 3, self.heads, D // self.heads).unbind(2)
-        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        qkv = self.qkv(h).view(B, L, 3, self.heads, D // self.heads)
+        (q, k), v = rotate(qkv[:, :, :2], cos, sin).to(qkv.dtype).unbind(2), qkv[:, :, 2]
         h = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.cap)
         h = self.out(h.transpose(1, 2).reshape(B, L, D))
         x = torch.addcmul(x, gate1, F.dropout(h, self.dropout, self.training).to(x.dtype))
@@ -269,7 +269,7 @@ class Transformer(nn.Module):
         self.norm = LayerNorm(D)
         self.modulation = nn.Linear(config.cond_width, 2 * D)
         self.head = nn.Linear(D, V)
-        angles = torch.arange(config.seq_len)[:, None, None] * 10000 ** -(
+        angles = torch.arange(config.seq_len)[:, None, None, None] * 10000 ** -(
             torch.arange(0, D // config.heads, 2) / (D // config.heads))
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
@@ -436,12 +436,12 @@ def check(config: Config) -> None:
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal by five Newton-Schulz steps (Jordan et al. 2024), for matrices.
 
-    torch.optim.Muon with adjust_lr_fn="match_rms_adamw", but in float32: torch's bfloat16 is ten times slower on a CPU
-    that has no instructions for it.
+    torch.optim.Muon with adjust_lr_fn="match_rms_adamw", but in float32, since torch's bfloat16 is ten times slower on a CPU
+    that has no instructions for it; and a parameter may be several matrices, `stacked` by rows.
     """
 
-    def __init__(self, params, lr: float, momentum: float = 0.95):
-        super().__init__(params, dict(lr=lr, momentum=momentum))
+    def __init__(self, params, lr: float, momentum: float = 0.95, stacked: int = 1):
+        super().__init__(params, dict(lr=lr, momentum=momentum, stacked=stacked))
 
     @torch.no_grad()
     def step(self):
@@ -451,18 +451,19 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(p)
                 state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalise(p.grad.lerp(state["momentum"], group["momentum"]))
-                p.add_(update, alpha=-0.2 * math.sqrt(max(p.shape)) * group["lr"])
+                update = p.grad.lerp(state["momentum"], group["momentum"]).view(group["stacked"], -1, p.shape[1])
+                scale = 0.2 * math.sqrt(max(update.shape[1:]))
+                p.add_(orthogonalise(update).view_as(p), alpha=-scale * group["lr"])
 
 
 def orthogonalise(G: Tensor) -> Tensor:
-    """Roughly U W^T of G = U S W^T: Newton-Schulz brings all singular values near 1."""
-    X = G.T if G.shape[0] > G.shape[1] else G
-    X = X / (X.norm() + 1e-7)
+    """Roughly U W^T of each G = U S W^T in (n, rows, columns): Newton-Schulz brings all singular values near 1."""
+    X = G.mT if G.shape[1] > G.shape[2] else G
+    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
-        A = X @ X.T
-        X = torch.addmm(X, torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
-    return X.T if G.shape[0] > G.shape[1] else X
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
+    return X.mT if G.shape[1] > G.shape[2] else X
 
 
 def bf16_is_faster(device: torch.device) -> bool:
@@ -481,11 +482,15 @@ def bf16_is_faster(device: torch.device) -> bool:
 
 
 def make_optimizers(model: Transformer, config: Config) -> list[torch.optim.Optimizer]:
-    matrices = [p for name, p in model.blocks.named_parameters()
-                if config.optimizer == "muon" and p.ndim == 2 and "modulation" not in name]
-    rest = [p for p in model.parameters() if p.requires_grad and not any(p is m for m in matrices)]
+    """AdamW for all that learns, or Muon for the matrices of the blocks and AdamW for the rest."""
+    qkv = [block.qkv.weight for block in model.blocks]
+    matrices = [layer.weight for block in model.blocks for layer in (block.out, block.mlp[0], block.mlp[2])]
+    taken = {id(p) for p in qkv + matrices} if config.optimizer == "muon" else set()
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
     adamw = torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, config.beta2), weight_decay=0, fused=True)
-    return [adamw, Muon(matrices, config.lr)] if matrices else [adamw]
+    if not taken:
+        return [adamw]
+    return [adamw, Muon([dict(params=qkv, stacked=3), dict(params=matrices)], config.lr)]
 
 
 def learning_rate(step: int, config: Config) -> float:

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import bench
 import data
 import evaluate
 import flm
@@ -286,7 +287,7 @@ def test_attention_sees_relative_positions_through_the_rotation():
     q, k = torch.randn(16), torch.randn(16)
 
     def score(i, j):
-        q_i, k_j = (flm.rotate(x.view(1, 1, 8 * 2)[..., :8], model.cos[at : at + 1], model.sin[at : at + 1])
+        q_i, k_j = (flm.rotate(x.view(1, 1, 1, 2, 8)[..., :1, :], model.cos[at : at + 1], model.sin[at : at + 1])
                     for x, at in ((q, i), (k, j)))
         return (q_i * k_j).sum()
     assert torch.allclose(score(2, 7), score(5, 10), atol=1e-5) and not torch.allclose(score(2, 7), score(2, 8), atol=1e-3)
@@ -307,7 +308,7 @@ def test_muon_is_torchs_muon_in_float32():
         a.step()
         b.step()
     assert (ours - theirs).norm() < 0.05 * (theirs - start).norm()
-    singular = torch.linalg.svdvals(flm.orthogonalise(torch.randn(24, 16)))
+    singular = torch.linalg.svdvals(flm.orthogonalise(torch.randn(3, 24, 16)))
     assert 0.5 < singular.min() and singular.max() < 1.3
 
 
@@ -487,10 +488,12 @@ def test_unigram_entropy_is_that_of_each_text():
 
 
 def test_every_command_in_the_readme_parses():
-    commands = re.findall(r"^\s*(?:torchrun [^\n]*? |python )flm\.py([^\n#]*)", (HERE / "README.md").read_text(), re.M)
-    assert len(commands) >= 4
-    for line in commands:
-        settings(line)
+    parsers = {"flm.py": settings, "evaluate.py": lambda line: evaluate.parse(shlex.split(line)),
+               "bench.py": lambda line: bench.parse(shlex.split(line))}
+    commands = re.findall(r"^(?:torchrun .*? |python )(\S+\.py)([^\n#]*)", (HERE / "README.md").read_text(), re.M)
+    assert len(commands) >= 8
+    for program, line in commands:
+        parsers[program](line)
 
 
 BAD = {
