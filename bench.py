@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import flm
+from data import UserError
 from run import Parser, guard, setup
 
 
@@ -44,7 +45,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=default)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--device", default="auto")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.width % 64 or args.width < 64:
+        raise UserError(f"--width {args.width}: must be a multiple of 64, the width of a head")
+    return args
 
 
 def main(argv: list[str]) -> None:

@@ -13,8 +13,8 @@ import gzip
 import hashlib
 import json
 import lzma
-import os
 import shutil
+import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -187,6 +187,7 @@ class Corpus:
     packing: bool
     seed: int
     batch_size: int
+    borrowed: bool  # whether one split was too short for a row, so that both are the other
 
     def blocks(self, split: str) -> int:
         """How many sequences of L tokens the split has."""
@@ -229,6 +230,7 @@ def write_tokens(folder: Path, path: Path, tokenizer: Tokenizer, seq_len: int, p
     with open(folder / "train.bin", "wb") as train, open(folder / "heldout.bin", "wb") as heldout:
         lines = documents(path)
         while batch := list(islice(lines, 4096)):
+            seen = []
             for (number, text), ids in zip(batch, tokenizer.encode([text for _, text in batch])):
                 if not packing and len(ids) >= seq_len:
                     raise UserError(f"{path}:{number}: {len(ids)} tokens and an end token do not fit --seq-len {seq_len}; "
@@ -238,7 +240,8 @@ def write_tokens(folder: Path, path: Path, tokenizer: Tokenizer, seq_len: int, p
                 (heldout if split == "heldout" else train).write(np.array(ids, dtype).tobytes())
                 lengths[split] += len(ids)
                 if split == "train":
-                    np.add.at(counts, ids, 1)
+                    seen += ids
+            counts += np.bincount(seen, minlength=len(counts)) if seen else 0
     np.save(folder / "counts.npy", counts)
     return lengths
 
@@ -262,30 +265,40 @@ def prepare(dataset: str, tokenizer: str, seq_len: int, packing: bool, seed: int
     if not (folder / "meta.json").is_file():
         if next(documents(path), None) is None:
             raise UserError(f"{path}: no text in it")
-        part = folder.with_name(f".{folder.name}.{os.getpid()}")
+        part = None
         try:
-            part.mkdir(parents=True, exist_ok=True)
+            Path(cache).mkdir(parents=True, exist_ok=True)
+            part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=cache))
             tokens = make_tokenizer(tokenizer, path, vocab_size)
             tokens.save(part / "tokenizer.json")
             lengths = write_tokens(part, path, tokens, seq_len, packing)
             meta = settings | {"vocab_size": tokens.vocab_size, "tokens": lengths}
             (part / "meta.json").write_text(json.dumps(meta, indent=1))
-            shutil.rmtree(folder, ignore_errors=True)  # a folder without meta.json was never finished
-            part.rename(folder)
+            try:
+                part.rename(folder)
+            except OSError:
+                if not (folder / "meta.json").is_file():  # else another process was faster: its files are the same
+                    raise
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
         finally:
-            shutil.rmtree(part, ignore_errors=True)
-    meta = json.loads((folder / "meta.json").read_text())
-    tokens = Tokenizer.load(folder / "tokenizer.json")
-    dtype = token_type(tokens.vocab_size)
-    splits = {split: np.memmap(folder / f"{split}.bin", dtype, mode="r") if n else np.empty(0, dtype)
-              for split, n in meta["tokens"].items()}
-    for split, other in (("train", "heldout"), ("heldout", "train")):
-        if len(splits[split]) < seq_len:
-            splits[split] = splits[other]
-    if len(splits["train"]) < seq_len:
+            if part is not None:
+                shutil.rmtree(part, ignore_errors=True)
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        tokens = Tokenizer.load(folder / "tokenizer.json")
+        dtype = token_type(tokens.vocab_size)
+        splits = {split: np.memmap(folder / f"{split}.bin", dtype, mode="r", shape=(n,)) if n else np.empty(0, dtype)
+                  for split, n in meta["tokens"].items()}
+        counts = np.load(folder / "counts.npy")
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: damaged token files ({error}); remove the folder") from None
+    borrowed = [split for split in splits if len(splits[split]) < seq_len]
+    if len(borrowed) == 2:
         raise UserError(f"{path}: {sum(meta['tokens'].values())} tokens do not fill one row of --seq-len {seq_len}; "
                         "give a smaller one or --no-packing")
-    counts = torch.from_numpy(np.load(folder / "counts.npy")) + 1
-    return Corpus(tokens, splits, meta, (counts / counts.sum()).log(), seq_len, packing, seed, batch_size)
+    if borrowed:
+        splits = dict.fromkeys(splits, next(tokens for split, tokens in splits.items() if split not in borrowed))
+        counts = np.bincount(splits["train"], minlength=tokens.vocab_size)
+    log_p = torch.from_numpy((counts + 1) / (counts + 1).sum()).log().float()
+    return Corpus(tokens, splits, meta, log_p, seq_len, packing, seed, batch_size, bool(borrowed))

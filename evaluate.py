@@ -2,7 +2,8 @@
 
     python evaluate.py --run-dir runs/words
 
-Low perplexity with low entropy is collapse: never quote one without the other.
+The judge reads a text up to its first end token. Low perplexity with low entropy is collapse: never quote one without the
+other.
 """
 
 import argparse
@@ -14,7 +15,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 import flm
+from data import UserError
 from run import Parser, guard, setup
 
 
@@ -80,14 +84,24 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--run-dir", default="runs/words", help="folder of a finished run")
     parser.add_argument("--num-samples", type=int, default=1000, help="texts judged")
     parser.add_argument("--seed", type=int, default=0, help="of their noise")
-    return parser.parse_args(argv)
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to run")
+    args = parser.parse_args(argv)
+    if args.num_samples < 1:
+        raise UserError(f"--num-samples {args.num_samples}: must be 1 or more")
+    return args
 
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    model = flm.load(Path(args.run_dir) / "flm.pt", setup("auto", 0))
+    model = flm.load(Path(args.run_dir) / "flm.pt", setup(args.device, 0))
     settings = json.loads((Path(args.run_dir) / "config.json").read_text())  # the checkpoint does not keep the path
     corpus = flm.corpus_of(replace(model.config, dataset=settings["dataset"]))
+    bayes = flm.Transformer(replace(model.config, parameterization="posterior", depth=0), model.V, corpus.log_p)
+    torch.nn.init.zeros_(bayes.head.weight)
+    loss, context_free = (sum(flm.held_out_loss(net, flm.flow_loss, corpus, sys.maxsize)) / 10
+                          for net in (model, bayes.to(model.device)))
+    print(f"held-out loss {loss:.4f} nats a position, {loss / context_free:.3f} of Bayes' rule without context "
+          f"({context_free:.4f})", flush=True)
     train, heldout = (corpus.batch(split, 0, range(corpus.blocks(split))).tolist() for split in ("train", "heldout"))
     padded, end = not corpus.packing, corpus.tokenizer.end
     order = 5 if corpus.tokenizer.kind == "chars" else 3

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 from data import UserError
-from run import (Log, barrier, first_line, guard, lasting, local_rank, open_folder, parse, rank, read_checkpoint, say,
+from run import (Log, barrier, files, first_line, guard, lasting, local_rank, open_folder, parse, rank, read_checkpoint, say,
                  setting, setup, total, world, write_checkpoint)
 
 # ------------------------------------------------------------------------------------------------------ 1. The clock
@@ -114,7 +114,7 @@ class Rows:
 
 def mix(*numbers: int) -> int:
     """Hashes integers to a 32-bit seed (a CPU generator reads no more); each round is murmur3's finaliser."""
-    h = 0
+    h = len(numbers)
     for number in numbers:
         h = (h ^ number ^ (number >> 32)) * 0x9E3779B1 & 0xFFFFFFFF
         h = (h ^ h >> 16) * 0x85EBCA6B & 0xFFFFFFFF
@@ -133,7 +133,7 @@ def flow_loss(model: nn.Module, tokens: Tensor, rows: Rows) -> tuple[Tensor, Ten
     """
     tau, white = rows.draw(tokens.shape[1], model.noise_dims, tokens.device)
     t = model.clock.t(tau)[:, None, None]
-    state = (1 - t) * model.noise(white) + t * model.clean(tokens)  # x_t, on the line from noise to data
+    state = torch.lerp(model.noise(white), model.clean(tokens), t)  # x_t = (1 - t) x0 + t x1
     return model(state, tau, targets=tokens).mean(1), tau
 
 
@@ -157,15 +157,20 @@ def euler(denoiser: Callable[[Tensor, Tensor], Tensor], state: Tensor, clock: Cl
 
 
 @torch.no_grad()
-def sample(model: nn.Module, n: int, steps: int, seed: int, batch: int = 256) -> Tensor:
+def sample(model: nn.Module, n: int, steps: int, seed: int) -> Tensor:
     """Writes n texts in `steps` network evaluations: tokens (n, L). Text i is a pure function of (seed, i, steps)."""
-    texts = []
+    texts, batch = [], rows_at_once(model)
     for start in range(0, n, batch):
-        rows = Rows(seed, 0, range(start, min(start + batch, n)), n)
-        _, white = rows.draw(model.config.seq_len, model.noise_dims, model.device)
+        rows = Rows(seed, -1, range(start, min(start + batch, n)), n)  # step -1: no training step's noise
+        _, white = rows.draw(model.config.seq_len, model.noise_dims, model.device)  # a text needs no tau
         probs = euler(lambda state, tau: model(state, tau).softmax(-1), model.noise(white), model.clock, steps, model.clean)
         texts.append(probs.argmax(-1).cpu())
     return torch.cat(texts)
+
+
+def rows_at_once(model: nn.Module) -> int:
+    """As many rows, 256 at most, as fit when each logit is held four times: in 1 GiB a copy."""
+    return max(1, min(256, 2**28 // (model.config.seq_len * model.V)))
 
 
 # ---------------------------------------------------------------------------------------------- 4. The transformer
@@ -297,8 +302,8 @@ class Transformer(nn.Module):
             return white
         if self.V <= self.config.width:  # E^T E is singular
             return white @ self.embedding
-        factor, _ = torch.linalg.cholesky_ex(self.embedding.T @ self.embedding)  # with its gradient: else biased
-        return white @ factor.T
+        factor, failed = torch.linalg.cholesky_ex(self.embedding.T @ self.embedding)  # with its gradient: else biased
+        return white @ torch.where(failed == 0, factor, math.nan).T  # without waiting: a NaN loss stops the run
 
     def clean(self, tokens_or_probs: Tensor) -> Tensor:
         """[FLM] The state at t = 1 of tokens (B, L), or its expectation under probs (B, L, V)."""
@@ -306,49 +311,50 @@ class Transformer(nn.Module):
             return tokens_or_probs @ self.embedding if self.linear else tokens_or_probs
         if self.linear:
             return F.embedding(tokens_or_probs, self.embedding)
-        return F.one_hot(tokens_or_probs, self.V).to(self.embedding.dtype)
+        zeros = torch.zeros(*tokens_or_probs.shape, self.V, dtype=self.embedding.dtype, device=self.device)
+        return zeros.scatter_(-1, tokens_or_probs[..., None], 1.0)
 
-    def bayes(self, state: Tensor, tau: Tensor) -> Tensor:
-        """[FLM] c x_t, which with log p is the exact log-posterior of each token without its context: (B, L, V)."""
+    def bayes_logits(self, state: Tensor, tau: Tensor) -> Tensor:
+        """[FLM] log p + c x_t, Bayes' rule for each token without its context, up to a constant: (B, L, V)."""
         t = self.clock.t(tau)[:, None, None]
-        return t / (1 - t).clamp(min=0.02) ** 2 * state
+        return torch.addcmul(self.log_p, t / (1 - t).clamp(min=0.02) ** 2, state)
 
     def forward(self, state: Tensor, tau_s: Tensor, tau_t: Tensor | None = None, targets: Tensor | None = None) -> Tensor:
         """Logits (B, L, V) in float32 from state (B, L, D or V) and tau_s (B,), or with targets (B, L) or (B, L, V)
-        their cross-entropy (B, L), which never holds more than `config.loss_chunk` positions of logits."""
-        skip = None if self.linear else self.bayes(state, tau_s)
+        their cross-entropy (B, L), the network's part of the logits held for `config.loss_chunk` positions at a time."""
+        bayes = None if self.linear else self.bayes_logits(state, tau_s)
+        cond = self.time_s(tau_s)
+        if tau_t is not None:
+            cond = cond + self.time_t(tau_t)
+        cond = F.silu(cond)
         with torch.autocast(state.device.type, torch.bfloat16, enabled=bool(self.config.bf16)):
-            x = state if self.linear else (self.log_p + skip).softmax(-1) @ self.embedding
+            x = state if self.linear else bayes.softmax(-1) @ self.embedding  # [FLM]
             if self.position is not None:
                 x = x + self.position
-            cond = self.time_s(tau_s)
-            if tau_t is not None:
-                cond = cond + self.time_t(tau_t)
-            cond = F.silu(cond)
             x = x.to(self.embedding.dtype)  # the residual stream stays in float32
             for block in self.blocks:
                 x = block(x, cond, self.cos, self.sin)
             shift, scale = self.modulation(cond)[:, None].to(x.dtype).chunk(2, dim=-1)
             x = torch.addcmul(shift, self.norm(x), 1 + scale)
         if targets is None:
-            return self.logits(x, skip)
-        flat = [None if a is None else a.flatten(0, 1) for a in (x, skip, targets)]
+            return self.logits(x, bayes)
+        flat = [None if a is None else a.flatten(0, 1) for a in (x, bayes, targets)]
         chunk = self.config.loss_chunk
         if not chunk or chunk >= len(flat[0]):
             return self.cross_entropy(*flat).view(x.shape[:2])
         parts = zip(*(itertools.repeat(None) if a is None else a.split(chunk) for a in flat))
         return torch.cat([checkpoint(self.cross_entropy, *part, use_reentrant=False) for part in parts]).view(x.shape[:2])
 
-    def logits(self, x: Tensor, skip: Tensor | None) -> Tensor:
+    def logits(self, x: Tensor, bayes: Tensor | None) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bool(self.config.bf16)):
             z = self.head(x)
         z, cap = z.to(x.dtype), self.config.logit_cap
         if cap:
             z = cap * torch.tanh(z / cap)
-        return z if skip is None else z + self.log_p + skip  # the cap never touches Bayes' part, which reaches thousands
+        return z if bayes is None else z + bayes  # [FLM] the cap never touches Bayes' part, which reaches thousands
 
-    def cross_entropy(self, x: Tensor, skip: Tensor | None, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.logits(x, skip), targets, reduction="none")
+    def cross_entropy(self, x: Tensor, bayes: Tensor | None, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(x, bayes), targets, reduction="none")
 
 
 # ---------------------------------------------------------------------------------------------------- 5. Settings
@@ -378,7 +384,7 @@ class Config:
 
     max_steps: int = setting(1_000_000, "steps of training", 1)
     batch_size: int = setting(512, "rows a step, over all processes and micro-batches", 1)
-    micro_batch_size: int = setting(0, "rows a process holds at once; 0: as many as make 32768 tokens", 0)
+    micro_batch_size: int = setting(0, "rows a process holds at once; 0: at most 32768 tokens and 1 GiB a tensor", 0)
     optimizer: str = setting("adamw", "muon: Muon for the matrices of the blocks, AdamW for the rest",
                              choices=("adamw", "muon"))
     lr: float = setting(3e-4, "learning rate", 0)
@@ -469,7 +475,7 @@ def orthogonalise(G: Tensor) -> Tensor:
 def bf16_is_faster(device: torch.device) -> bool:
     """Whether a linear layer takes less than half the time in bfloat16 (on a CPU, AMX decides)."""
     if device.type != "cpu":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         x = w = torch.ones(512, 128, dtype=dtype)
@@ -529,13 +535,13 @@ def weights(model: nn.Module, values: list[Tensor]) -> Iterator[None]:
 @torch.no_grad()
 def held_out_loss(model: nn.Module, loss: Callable, corpus: data.Corpus, rows: int, seed: int = 0) -> list[float]:
     """Mean loss on the first `rows` held-out rows at the middle of each tenth of tau, shared out over the processes."""
-    n, batch = min(rows, corpus.blocks("heldout")), 256
+    n, batch = min(rows, corpus.blocks("heldout")), rows_at_once(model)
     sums = torch.zeros(10, device=model.device)
     for k in range(10):
         for start in range(rank() * batch, n, world() * batch):
             index = range(start, min(start + batch, n))
             tokens = corpus.batch("heldout", 0, index).to(model.device)
-            sums[k] += loss(model, tokens, Rows(seed, k, index, n, tau=(k + 0.5) / 10))[0].sum()
+            sums[k] += loss(model, tokens, Rows(seed, -2 - k, index, n, tau=(k + 0.5) / 10))[0].sum()
     return (total(sums) / n).tolist()
 
 
@@ -559,16 +565,18 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
         ema, first = [average.to(device) for average in content["ema"]], content["step"]
         for optimizer, state in zip(optimizers, content["optimizers"], strict=True):
             optimizer.load_state_dict(state)
+        del content
     last = max(first, min(config.max_steps, config.stop_after or config.max_steps))
     B, L, local = config.batch_size, config.seq_len, config.batch_size // world()
-    micro = config.micro_batch_size or next(m for m in range(local, 0, -1) if local % m == 0 and (m * L <= 2**15 or m == 1))
+    most = 2**15 // L if model.linear and config.loss_chunk else min(2**15 // L, rows_at_once(model))
+    micro = config.micro_batch_size or next(m for m in range(local, 0, -1) if local % m == 0 and (m <= most or m == 1))
     if config.compile and device.type == "cuda":
         model.compile()
     objective = Objective(model, loss)
     if world() > 1:
         objective = nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
 
-    log = Log(folder / f"{kind}.log.jsonl", first)
+    log = Log(folder, kind, first)
     bar = tqdm(total=config.max_steps, initial=first, unit="step", disable=rank() != 0, file=sys.stderr, mininterval=1)
     history, bins, mark = [], torch.zeros(2, 10, device=device), time.perf_counter()
     model.train()
@@ -614,13 +622,10 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
         if evaluate:
             with weights(model, ema):
                 by_tau = held_out_loss(model, loss, corpus, config.eval_rows if done < config.max_steps else sys.maxsize)
-                texts = "".join(f"    {text}\n" for text in to_lines(model, sample(model, 4, 16, 0)))
-            log.write(step=done, heldout=sum(by_tau) / 10, heldout_by_tau=by_tau)
+                texts = to_lines(model, sample(model, 4, 16, config.seed))
+            log.write(step=done, heldout=sum(by_tau) / 10, heldout_by_tau=by_tau, samples=texts)
             say(f"step {done}: held-out loss {sum(by_tau) / 10:.4f} nats a position, by tenth of tau "
-                + " ".join(f"{x:.3f}" for x in by_tau) + "\n" + texts.rstrip("\n"))
-            if rank() == 0:
-                with open(folder / f"{kind}.samples.txt", "a", encoding="utf-8") as file:
-                    file.write(f"step {done}\n{texts}")
+                + " ".join(f"{x:.3f}" for x in by_tau) + "".join(f"\n    {text}" for text in texts))
         if (evaluate or done == last) and rank() == 0:
             write_checkpoint(folder / f"{kind}.pt", dict(
                 kind=kind, config=lasting(config) | {"dataset": Path(config.dataset).name}, source=corpus.meta["source"],
@@ -669,6 +674,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Transformer:
             p.data.copy_(average)
     except (TypeError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{path}: does not fit this program ({first_line(error)})") from None
+    model.config.bf16 = model.config.bf16 and bf16_is_faster(torch.device(device))
     return model.to(device).eval()
 
 
@@ -701,22 +707,24 @@ def main(argv: list[str]) -> None:
     config = Config(**open_folder(settings, given, "flm"))
     check(config)
     folder, device = Path(config.run_dir), setup(config.device, config.threads)
-    if config.bf16 is None:
-        config.bf16 = bf16_is_faster(device)
+    if config.bf16 is None:  # the first process decides for all
+        config.bf16 = bool(total(torch.tensor(float(rank() == 0 and bf16_is_faster(device)), device=device)))
+    if local_rank() > 0:
+        barrier()
+    corpus = corpus_of(config)  # tokenised by one process a machine
     if local_rank() == 0:
-        corpus_of(config)
-    barrier()
-    corpus = corpus_of(config)
+        barrier()
     if device.type == "cuda" and not config.loss_chunk:
         config.loss_chunk = max(1, 2**28 // corpus.tokenizer.vocab_size)
     model = build(config, corpus.tokenizer, corpus.log_p).to(device)
     if rank() == 0 and not config.resume:
-        for old in [*folder.glob("flm.*"), *folder.glob("fmlm.*")]:  # a map distilled from the old flow goes with it
-            old.unlink()
+        for old in files(folder, "flm") + files(folder, "fmlm"):  # a map distilled from the old flow goes with it
+            old.unlink(missing_ok=True)
         corpus.tokenizer.save(folder / "tokenizer.json")
         (folder / "config.json").write_text(json.dumps(lasting(config), indent=1))
     say(f"{config.dataset}: {corpus.blocks('train')} rows of {config.seq_len} tokens to train on, "
-        f"{corpus.blocks('heldout')} held out, V = {model.V}; {config.parameterization} network, "
+        f"{'none (too little text)' if corpus.borrowed else corpus.blocks('heldout')} held out, V = {model.V}; "
+        f"{config.parameterization} network, "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {'bfloat16' if config.bf16 else 'float32'} on "
         f"{device}, {world()} x {torch.get_num_threads()} threads")
     train(model, flow_loss, corpus, config, "flm", sample)

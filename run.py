@@ -7,10 +7,13 @@ import argparse
 import json
 import math
 import os
+import shutil
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, field, fields
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -19,7 +22,8 @@ from torch import Tensor
 
 from data import UserError
 
-# Flags that may differ from those a run was begun with: they change no bit of its weights.
+# Flags that may differ from those a run was begun with, and are not kept with it: they decide no weight (but for rounding,
+# which follows device and threads).
 FREE = {"run_dir", "device", "threads", "resume", "overwrite", "stop_after", "sample", "sample_steps", "num_samples", "out"}
 
 
@@ -91,7 +95,8 @@ def setup(kind: str, threads: int) -> torch.device:
     if kind == "cuda":
         torch.cuda.set_device(device)
     if world() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None,
+                                timeout=timedelta(days=1))  # one process may tokenise for hours while the others wait
     return device
 
 
@@ -120,10 +125,11 @@ def guard(main: Callable[[list[str]], None]) -> int:
     try:
         main(sys.argv[1:])
     except UserError as error:
-        say(f"{Path(sys.argv[0]).name}: {error}")
+        if local_rank() == 0:  # a fault may be one machine's own, so each says it once
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        say("interrupted; --resume goes on from the last checkpoint")
+        say("interrupted; --resume goes on from the last checkpoint, if one was written")
         return 130
     finally:
         if dist.is_initialized():
@@ -135,18 +141,22 @@ def guard(main: Callable[[list[str]], None]) -> int:
 
 
 def write_checkpoint(path: Path, content: dict) -> None:
-    """Replaces K.pt whole or not at all; what it held before stays as K.prev.pt."""
-    part = path.with_suffix(".part")
+    """Replaces K.pt whole or not at all, whenever it is cut off; what K.pt held before stays as K.prev.pt."""
+    part, spare = path.with_suffix(".part"), path.with_suffix(".prev.pt")
     try:
         with open(part, "wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         if path.exists():
-            os.replace(path, path.with_suffix(".prev.pt"))
+            spare.unlink(missing_ok=True)
+            try:
+                os.link(path, spare)
+            except OSError:  # a file system without links
+                shutil.copyfile(path, spare)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot be written ({error}); its older versions are whole") from None
+        raise UserError(f"{path}: cannot be written ({first_line(error)}); what it held before is whole") from None
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -177,22 +187,27 @@ def first_line(error: Exception) -> str:
 # --------------------------------------------------------------------------------------------------------- run folder
 
 
+def files(folder: Path, kind: str) -> list[Path]:
+    """What a run leaves for its K = `kind`, whether it is there or not."""
+    return [folder / f"{kind}{end}" for end in (".pt", ".prev.pt", ".part", ".log.jsonl", ".samples.txt", ".loss.png")]
+
+
 def open_folder(settings: dict, given: set[str], kind: str) -> dict:
     """Makes the run folder ready for a K = `kind` and returns the settings: those of its config.json if resuming.
 
-    Raises UserError if the folder cannot be written, holds a K that is not to be overwritten, or was begun otherwise.
+    Raises UserError if the folder cannot be written, holds a run that is not to be overwritten, or was begun otherwise.
     """
     folder = Path(settings["run_dir"])
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); give another --run-dir") from None
     if not settings["resume"]:
-        if any(folder.glob(f"{kind}*.pt")) and not settings["overwrite"]:
-            raise UserError(f"{folder}: holds a run; --resume goes on with it, --overwrite replaces it, --run-dir names "
-                            "another")
+        taken = [path.name for path in [*files(folder, kind), folder / "config.json"] if path.exists()]
+        if taken and rank() == 0 and not settings["overwrite"]:
+            raise UserError(f"{folder}: holds a run ({taken[0]}); --resume goes on with it, --overwrite replaces it, "
+                            "--run-dir names another")
         return settings
     path = folder / "config.json"
     try:
@@ -216,20 +231,33 @@ def lasting(config) -> dict:
 
 
 class Log:
-    """K.log.jsonl, one JSON object a line; on resuming from `step`, lines past it are dropped."""
+    """K.log.jsonl, one JSON object a line, and the texts among them as K.samples.txt.
 
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        self.lines = [json.loads(line) for line in path.read_text().splitlines()] if step and path.exists() else []
-        self.lines = [line for line in self.lines if line["step"] <= step]
+    Resuming from `step` drops what came after it. Only the first process reads or writes.
+    """
+
+    def __init__(self, folder: Path, kind: str, step: int):
+        self.path, self.samples, self.lines = folder / f"{kind}.log.jsonl", folder / f"{kind}.samples.txt", []
         if rank() == 0:
-            path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+            old = self.path.read_text(encoding="utf-8").splitlines() if step and self.path.exists() else []
+            for path in (self.path, self.samples):
+                path.write_text("")
+            for line in old:
+                try:
+                    line = json.loads(line)
+                except ValueError:  # cut off in the middle
+                    break
+                if line["step"] <= step:
+                    self.write(**line)
 
     def write(self, **line) -> None:
-        self.lines.append(line)
         if rank() == 0:
-            with open(self.path, "a") as file:
+            self.lines.append(line)
+            with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+            if "samples" in line:
+                with open(self.samples, "a", encoding="utf-8") as file:
+                    file.write(f"step {line['step']}\n" + "".join(f"    {text}\n" for text in line["samples"]))
 
     def plot(self, path: Path) -> None:
         """Loss over steps, and the last held-out loss by tenth of tau."""
