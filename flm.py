@@ -281,15 +281,21 @@ class Transformer(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """adaLN-zero: every block starts as the identity, and the output at zero. With the posterior parameterisation
-        that is a saddle, Bayes' rule being optimal without context: there gates start at 1 and the output is small."""
+        """The paper's start: gates and output at zero, so that every block is the identity and all tokens are as likely.
+
+        For `posterior` that is a saddle, Bayes' rule being optimal without context. There the output is small instead, gates
+        start at 1, and blocks are the identity by their last matrices; embeddings have the size of what blocks will add.
+        """
         for layer in [*(block.modulation for block in self.blocks), self.modulation, self.time_t.mlp[-1], self.head]:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         self.time_t.requires_grad_(False)  # a flow has no second time: distillation thaws it
         if not self.linear:
-            nn.init.normal_(self.head.weight, std=0.03)
+            nn.init.normal_(self.head.weight, std=0.1)
+            nn.init.normal_(self.embedding, std=0.6)
             for block in self.blocks:
+                nn.init.zeros_(block.out.weight)
+                nn.init.zeros_(block.mlp[2].weight)
                 block.modulation.bias.data.view(6, -1)[[2, 5]] = 1  # the gates
 
     @property

@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiktoken
+import tokenizers
 import torch
 import torch.nn.functional as F
 
@@ -21,7 +23,7 @@ import data
 import evaluate
 import flm
 from data import UserError
-from run import parse, read_checkpoint
+from run import parse, read_checkpoint, write_checkpoint
 
 HERE = Path(__file__).parent
 TINY = "--depth 2 --width 16 --heads 2 --cond-width 8 --batch-size 8 --eval-rows 8 --log-every 1 --warmup 0 --no-bf16"
@@ -186,6 +188,13 @@ def test_noise_of_the_linear_network_has_the_covariance_of_one_hot_noise():
         error = ((C**2 + C.diag()[:, None] * C.diag()) / len(h)).sqrt()
         assert (((h.T @ h) / len(h) - C).abs() / error).max() < 5
         assert (h.mean(0).abs() / (C.diag() / len(h)).sqrt()).max() < 5
+
+
+def test_a_factor_that_cannot_be_had_makes_the_loss_nan():
+    """E^T E of rank 3 in 6 dimensions: cholesky_ex returns a finite wrong factor, which must not pass for noise."""
+    model = network(40, "--parameterization linear --width 6 --heads 1 --seq-len 4")
+    model.embedding.data[:, 3:] = 0
+    assert model.noise(torch.randn(2, 4, 6)).isnan().all()
 
 
 def test_the_embedding_learns_the_same_from_small_noise_as_from_one_hot_noise():
@@ -374,6 +383,43 @@ def test_one_and_two_processes_take_the_same_step(folder):
         assert torch.allclose(heldout, found[0][1], rtol=1e-4)
 
 
+def test_a_checkpoint_is_replaced_whole_or_not_at_all(folder, monkeypatch):
+    """Cut off at each of the three moments that change a name, K.pt is the old or the new one, and loads."""
+    def content(step):
+        return dict.fromkeys(("kind", "config", "tokenizer", "log_p", "model", "ema")) | {"step": step}
+    path, new = folder / "flm.pt", 1
+    write_checkpoint(path, content(new))
+    for name in ("link", "unlink", "replace"):
+        owner = Path if name == "unlink" else os
+        with monkeypatch.context() as cut, pytest.raises(KeyboardInterrupt):
+            def stop(*args, **kwargs):
+                raise KeyboardInterrupt
+            cut.setattr(owner, name, stop)
+            write_checkpoint(path, content(new + 1))
+        assert read_checkpoint(path)["step"] == new
+        write_checkpoint(path, content(new + 1))
+        assert read_checkpoint(path)["step"] == new + 1 and read_checkpoint(folder / "flm.prev.pt")["step"] == new
+        new += 1
+
+
+def test_resuming_survives_a_log_cut_off_in_the_middle(folder):
+    flm.main(shlex.split(f"--max-steps 3 {TINY} --stop-after 2"))
+    with open("runs/words/flm.log.jsonl", "a") as log:
+        log.write('{"step": 3, "lo')
+    flm.main(["--resume"])
+    assert [json.loads(line)["step"] for line in open("runs/words/flm.log.jsonl")] == [1, 2, 3, 3]
+
+
+def test_overwriting_removes_the_run_and_what_was_distilled_from_it_and_nothing_else(folder):
+    flm.main(shlex.split(f"--max-steps 1 {TINY} --run-dir ."))
+    for name in ("fmlm.pt", "flm.py", "flm.prev.pt", "mdlm.pt"):
+        Path(name).write_text("mine")
+    flm.main(shlex.split(f"--max-steps 1 {TINY} --run-dir . --overwrite --seed 4"))
+    assert not Path("fmlm.pt").exists() and not Path("flm.prev.pt").exists()
+    assert Path("flm.py").read_text() == Path("mdlm.pt").read_text() == "mine"
+    assert read_checkpoint(Path("flm.pt"))["config"]["seed"] == 4
+
+
 def test_the_same_seed_writes_the_same_text(folder, capsys):
     flm.main(shlex.split(f"--max-steps 30 {TINY} --lr 0.01 --eval-every 999"))
     texts = []
@@ -405,19 +451,45 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_check
 # -------------------------------------------------------------------------------------------------------------- data
 
 
-def test_every_tokenizer_returns_the_text_it_was_given(folder):
-    texts = ["the lazy dog", "  two  spaces ", "naïve café — 東京 🙂", "<|end|> [SEP] [CLS]", "tab\tand \\ backslash"]
+def test_every_tokenizer_returns_the_text_it_was_given(folder, monkeypatch):
+    """gpt2 and bert-base-uncased, which would be downloaded, are stood in for by small ones of the same make; BERT's
+    lower-cases and splits, so it returns the words."""
+    words = ["the", "lazy", "dog", "two", "spaces"]
+    bert = tokenizers.Tokenizer(tokenizers.models.WordPiece(
+        {w: i for i, w in enumerate(["[UNK]", "[CLS]", "[SEP]", *words, *"[]abcdefghijklmnopqrstuvwxyz", "##s", "##e"])},
+        unk_token="[UNK]"))
+    bert.normalizer = tokenizers.normalizers.BertNormalizer()
+    bert.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    bert.decoder = tokenizers.decoders.WordPiece()
+    bert.add_special_tokens(["[UNK]", "[CLS]", "[SEP]"])
+    gpt2 = tiktoken.Encoding("small", pat_str=r"\S+|\s+", mergeable_ranks={bytes([i]): i for i in range(256)},
+                             special_tokens={"<|endoftext|>": 256})
+    monkeypatch.setattr(tokenizers.Tokenizer, "from_pretrained", lambda name: bert)
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: gpt2)
+    texts = ["the lazy dog", "  two  spaces ", "naïve café — 東京 🙂", "<|end|> [SEP] <|endoftext|>", "tab\tand \\ slash"]
     (folder / "a.txt").write_text("\n".join(texts * 30), encoding="utf-8")
-    for kind, size in (("chars", 0), ("bpe", 300)):
-        tokenizer = data.make_tokenizer(kind, folder / "a.txt", size)
+    for kind in data.TOKENIZERS:
+        tokenizer = data.make_tokenizer(kind, folder / "a.txt", 300)
         tokenizer.save(folder / "t.json")
         again = data.Tokenizer.load(folder / "t.json")
         ids = again.encode(texts)
         assert ids == tokenizer.encode(texts) and max(map(max, ids)) < again.vocab_size
-        assert all(again.end not in row for row in ids)
-        assert [again.decode([*row, again.end, again.end]) for row in ids] == texts
-        assert again.decode([*ids[0], again.end, *ids[1]]) == texts[0] + "\n" + texts[1]
+        assert all(again.end not in row for row in ids)  # "[SEP]" in a text is text
+        decoded = [again.decode([*row, again.end, again.end]) for row in ids]
+        if kind == "bert-base-uncased":
+            assert decoded[:2] == ["the lazy dog", "two spaces"]
+        else:
+            assert decoded == texts
+            assert again.decode([*ids[0], again.end, *ids[1]]) == texts[0] + "\n" + texts[1]
     assert data.make_tokenizer("bpe", folder / "a.txt", 300).vocab_size == 300
+
+
+def test_a_text_too_short_to_hold_anything_out_says_so(folder):
+    Path("short.txt").write_text("qqq\n")
+    corpus = data.prepare("short.txt", "chars", 4, False, 0, 1)
+    assert corpus.borrowed and corpus.batch("train", 0, range(1)).tolist() == corpus.batch("heldout", 0, range(1)).tolist()
+    assert torch.allclose(corpus.log_p.exp(), torch.tensor([2 / 6, 4 / 6]))  # q q q end, one added to each count
+    assert not data.prepare("words", "chars", 16, False, 0, 1).borrowed
 
 
 def test_an_epoch_visits_every_row_once_and_batches_are_pure(folder):
