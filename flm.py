@@ -308,7 +308,9 @@ class Transformer(nn.Module):
             return white
         if self.V <= self.config.width:  # E^T E is singular
             return white @ self.embedding
-        factor, failed = torch.linalg.cholesky_ex(self.embedding.T @ self.embedding)  # with its gradient: else biased
+        gram = self.embedding.T @ self.embedding.detach()
+        gram = 2 * gram - gram.detach()  # E^T E, and its whole gradient, the product being symmetric, from half the work
+        factor, failed = torch.linalg.cholesky_ex(gram)  # with its gradient: else biased
         return white @ torch.where(failed == 0, factor, math.nan).T  # without waiting: a NaN loss stops the run
 
     def clean(self, tokens_or_probs: Tensor) -> Tensor:
@@ -352,11 +354,10 @@ class Transformer(nn.Module):
         return torch.cat([checkpoint(self.cross_entropy, *part, use_reentrant=False) for part in parts]).view(x.shape[:2])
 
     def logits(self, x: Tensor, bayes: Tensor | None) -> Tensor:
+        cap = self.config.logit_cap
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bool(self.config.bf16)):
-            z = self.head(x)
-        z, cap = z.to(x.dtype), self.config.logit_cap
-        if cap:
-            z = cap * torch.tanh(z / cap)
+            z = F.linear(x / cap, self.head.weight, self.head.bias / cap) if cap else self.head(x)
+        z = cap * z.to(x.dtype).tanh_() if cap else z.to(x.dtype)
         return z if bayes is None else z + bayes  # [FLM] the cap never touches Bayes' part, which reaches thousands
 
     def cross_entropy(self, x: Tensor, bayes: Tensor | None, targets: Tensor) -> Tensor:

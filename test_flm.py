@@ -190,6 +190,16 @@ def test_noise_of_the_linear_network_has_the_covariance_of_one_hot_noise():
         assert (h.mean(0).abs() / (C.diag() / len(h)).sqrt()).max() < 5
 
 
+def test_the_gram_matrix_has_its_whole_gradient():
+    """noise() differentiates one of the two factors of E^T E and doubles it: equal to autograd's in float64 rounding."""
+    model = network(40, "--parameterization linear --width 6 --heads 1 --seq-len 4", dtype=torch.float64)
+    white, weight, E = torch.randn(2, 4, 6).double(), torch.randn(2, 4, 6).double(), model.embedding
+    state = white @ torch.linalg.cholesky(E.T @ E).T
+    assert torch.allclose(model.noise(white), state, atol=1e-12)
+    ours, plain = (torch.autograd.grad((h * weight).sum(), E)[0] for h in (model.noise(white), state))
+    assert torch.allclose(ours, plain, rtol=1e-9)
+
+
 def test_a_factor_that_cannot_be_had_makes_the_loss_nan():
     """E^T E of rank 3 in 6 dimensions: cholesky_ex returns a finite wrong factor, which must not pass for noise."""
     model = network(40, "--parameterization linear --width 6 --heads 1 --seq-len 4")
