@@ -7,7 +7,7 @@
     torchrun --standalone --nproc_per_node=8 flm.py --dataset my.txt
 
 Paper: "One-step Language Modeling via Continuous Denoising", arXiv 2602.16813. t = 0 is noise and t = 1 is data, always.
-B, L, V, D: rows, positions, vocabulary, width. Lines that a GPT would not have are marked [FLM].
+B, L, V, D: rows, positions, vocabulary, width. What a GPT would not have is marked [FLM]; runs, flags and files: run.py.
 """
 
 import contextlib
@@ -310,8 +310,8 @@ class Transformer(nn.Module):
             return white @ self.embedding
         gram = self.embedding.T @ self.embedding.detach()
         gram = 2 * gram - gram.detach()  # E^T E, and its whole gradient, the product being symmetric, from half the work
-        factor, failed = torch.linalg.cholesky_ex(gram)  # with its gradient: else biased
-        return white @ torch.where(failed == 0, factor, math.nan).T  # without waiting: a NaN loss stops the run
+        factor, failed = torch.linalg.cholesky_ex(gram)  # [FLM] with its gradient: else that of E is biased
+        return white @ torch.where(failed == 0, factor, math.nan).T  # no waiting for `failed`: a NaN loss stops the run
 
     def clean(self, tokens_or_probs: Tensor) -> Tensor:
         """[FLM] The state at t = 1 of tokens (B, L), or its expectation under probs (B, L, V)."""
@@ -568,10 +568,13 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
         content = read_checkpoint(folder / f"{kind}.pt")
         if (content["source"], content["tokenizer"]) != (corpus.meta["source"], corpus.tokenizer.checksum):
             raise UserError(f"{folder}: --dataset {config.dataset} is not the text that this run was begun with")
-        model.load_state_dict(content["model"])
-        ema, first = [average.to(device) for average in content["ema"]], content["step"]
-        for optimizer, state in zip(optimizers, content["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
+        try:
+            model.load_state_dict(content["model"])
+            ema, first = [average.to(device) for average in content["ema"]], content["step"]
+            for optimizer, state in zip(optimizers, content["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder / kind}.pt: does not fit this run ({first_line(error)})") from None
         del content
     last = max(first, min(config.max_steps, config.stop_after or config.max_steps))
     B, L, local = config.batch_size, config.seq_len, config.batch_size // world()

@@ -606,6 +606,8 @@ BAD = {
     "--sample --run-dir pickled": "pickled/flm.pt: not a whole checkpoint",
     "--sample --run-dir other": "does not fit this program (the tokenizer.json",
     "--run-dir badconfig --resume": "config.json: not the settings of a run",
+    "--run-dir misfit --resume": "misfit/flm.pt: does not fit this run (Error(s) in loading state_dict",
+    "--run-dir finished --resume --dataset long.txt": "--dataset long.txt: this run was begun with words",
     "--sample --run-dir finished --out empty.txt/samples": "--out empty.txt/samples: cannot be written",
 } | ({} if torch.cuda.is_available() else {"--device cuda": "--device cuda: this machine has none"})
 
@@ -622,7 +624,7 @@ def test_what_a_user_can_do_wrong_is_one_line_and_loses_nothing(folder, monkeypa
     Path("long.txt").write_text("\n".join(["short", "x" * 40, *"abcdefgh"]))
     flm.main(shlex.split(f"--max-steps 1 {TINY} --run-dir finished"))
     good = Path("finished/flm.pt").read_bytes()
-    for name in ("cut", "flipped", "foreign", "pickled", "other", "badconfig"):
+    for name in ("cut", "flipped", "foreign", "pickled", "other", "badconfig", "misfit"):
         Path(name).mkdir()
         for part in Path("finished").iterdir():
             Path(name, part.name).write_bytes(part.read_bytes())
@@ -632,6 +634,7 @@ def test_what_a_user_can_do_wrong_is_one_line_and_loses_nothing(folder, monkeypa
     torch.save(Danger(), "pickled/flm.pt")
     Path("other/tokenizer.json").write_text('{"kind": "chars", "chars": "ab"}')
     Path("badconfig/config.json").write_text('{"seed": 1')
+    Path("misfit/config.json").write_text(Path("misfit/config.json").read_text().replace('"width": 16', '"width": 32'))
     for line, expected in BAD.items():
         with pytest.raises(UserError) as error:
             flm.main(shlex.split(line))
