@@ -707,7 +707,7 @@ def write_samples(config: Config, kind: str, sample: Callable) -> None:
         with open(config.out, "w", encoding="utf-8") if config.out else contextlib.nullcontext(sys.stdout) as file:
             file.write("".join(line + "\n" for line in lines))
     except OSError as error:
-        raise UserError(f"--out {config.out}: cannot be written ({error.strerror})") from None
+        raise UserError(f"{config.out or 'standard output'}: cannot be written ({error.strerror}); give another --out") from None
 
 
 def main(argv: list[str]) -> None:

@@ -608,7 +608,7 @@ BAD = {
     "--run-dir badconfig --resume": "config.json: not the settings of a run",
     "--run-dir misfit --resume": "misfit/flm.pt: does not fit this run (Error(s) in loading state_dict",
     "--run-dir finished --resume --dataset long.txt": "--dataset long.txt: this run was begun with words",
-    "--sample --run-dir finished --out empty.txt/samples": "--out empty.txt/samples: cannot be written",
+    "--sample --run-dir finished --out empty.txt/samples": "empty.txt/samples: cannot be written",
 } | ({} if torch.cuda.is_available() else {"--device cuda": "--device cuda: this machine has none"})
 
 
