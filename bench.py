@@ -6,7 +6,7 @@
 limit         a masked language model: the same network, head and optimizer, its input a look-up
 linear        flm.py's step: states and noise in D dimensions
 posterior     flm.py's step: states and noise in V dimensions
-materialised  the textbook step: one-hots and noise in V dimensions, multiplied by the embedding
+materialised  the paper's formulas as they stand: one-hots, noise and their cross-entropy in V dimensions
 """
 
 import argparse
@@ -32,8 +32,9 @@ def masked_loss(model: flm.Transformer, tokens: Tensor, rows: flm.Rows) -> tuple
 def materialised_loss(model: flm.Transformer, tokens: Tensor, rows: flm.Rows) -> tuple[Tensor, Tensor]:
     tau = torch.rand(len(tokens), device=tokens.device)
     t = model.clock.t(tau)[:, None, None]
-    x = (1 - t) * torch.randn(*tokens.shape, model.V, device=tokens.device) + t * F.one_hot(tokens, model.V)
-    return model(x @ model.embedding, tau, targets=tokens).mean(1), tau
+    one_hot = F.one_hot(tokens, model.V).float()
+    x = (1 - t) * torch.randn_like(one_hot) + t * one_hot
+    return model(x @ model.embedding, tau, targets=one_hot).mean(1), tau
 
 
 LOSSES = {"limit": masked_loss, "linear": flm.flow_loss, "posterior": flm.flow_loss, "materialised": materialised_loss}

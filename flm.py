@@ -356,8 +356,10 @@ class Transformer(nn.Module):
     def logits(self, x: Tensor, bayes: Tensor | None) -> Tensor:
         cap = self.config.logit_cap
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bool(self.config.bf16)):
-            z = F.linear(x / cap, self.head.weight, self.head.bias / cap) if cap else self.head(x)
-        z = cap * z.to(x.dtype).tanh_() if cap else z.to(x.dtype)
+            z = F.linear(2 / cap * x, self.head.weight, 2 / cap * self.head.bias) if cap else self.head(x)
+        z = z.to(x.dtype)
+        if cap:
+            z = 2 * cap * z.sigmoid_() - cap  # = cap tanh(network / cap), but a sigmoid takes a CPU a quarter of the time
         return z if bayes is None else z + bayes  # [FLM] the cap never touches Bayes' part, which reaches thousands
 
     def cross_entropy(self, x: Tensor, bayes: Tensor | None, targets: Tensor) -> Tensor:
@@ -707,7 +709,8 @@ def write_samples(config: Config, kind: str, sample: Callable) -> None:
         with open(config.out, "w", encoding="utf-8") if config.out else contextlib.nullcontext(sys.stdout) as file:
             file.write("".join(line + "\n" for line in lines))
     except OSError as error:
-        raise UserError(f"{config.out or 'standard output'}: cannot be written ({error.strerror}); give another --out") from None
+        out = config.out or "standard output"
+        raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from None
 
 
 def main(argv: list[str]) -> None:

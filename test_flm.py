@@ -272,6 +272,18 @@ def test_times_are_stratified_and_rows_do_not_depend_on_their_company():
     assert len(seeds) > 40_000 - 5  # 40 000^2 / 2^33 = .19 collisions expected
 
 
+def test_logits_are_softly_capped_and_bayes_rule_is_not():
+    """30 tanh(z / 30) of the head's output z, with the cap off giving z, in float64; at most 30 from Bayes' logits."""
+    model = network(11, "--parameterization posterior --width 16 --seq-len 4", dtype=torch.float64)
+    model.head.weight.data *= 100
+    state, tau = torch.randn(3, 4, 11).double(), torch.tensor([0.3, 0.6, 0.999]).double()
+    bayes = model.bayes_logits(state, tau)
+    capped = model(state, tau) - bayes
+    model.config.logit_cap = 0
+    z = model(state, tau) - bayes
+    assert torch.allclose(capped, 30 * torch.tanh(z / 30), atol=1e-9) and z.abs().max() > 60 < bayes.abs().max()
+
+
 def test_chunked_cross_entropy_is_the_whole_one_and_holds_less():
     """Values and gradients agree to float32 rounding, for tokens and for soft targets, in both parameterisations, and what
     autograd keeps of size V shrinks: the logits of all positions to none, being computed again chunk by chunk."""
