@@ -427,7 +427,7 @@ SMALL = dict(cond_width=64, dropout=0.0, time_scale=100.0, optimizer="muon", lr=
              log_every=20)
 PRESETS = {
     "words": SMALL | dict(tokenizer="chars", seq_len=16, packing=False, parameterization="posterior", depth=4, width=96,
-                          heads=3, lr=6e-3, max_steps=1600, batch_size=128, eval_every=500, eval_rows=256),
+                          heads=3, lr=6e-3, max_steps=1600, batch_size=128, eval_every=400, eval_rows=256),
     "sotu": SMALL | dict(tokenizer="bpe", vocab_size=1024, seq_len=32, parameterization="posterior", depth=4, width=128,
                          heads=4, max_steps=1500, batch_size=64, eval_every=500, eval_rows=128),
 }
