@@ -41,7 +41,7 @@ def source_file(dataset: str) -> Path:
     """The file behind --dataset: an embedded corpus by name, or any path. Raises UserError where there is none."""
     path = EMBEDDED.get(dataset, Path(dataset))
     if not path.is_file():
-        raise UserError(f"--dataset {dataset}: no such file; give {', '.join(EMBEDDED)} or a text file")
+        raise UserError(f"--dataset {dataset}: not a file; give {', '.join(EMBEDDED)} or a text file")
     return path
 
 
@@ -138,6 +138,8 @@ class Tokenizer:
             return cls(json.loads(path.read_text(encoding="utf-8")))
         except UserError:
             raise
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file, and the run needs it; train anew with --overwrite") from None
         except Exception as error:  # `tokenizers` raises bare Exception for a bad model
             raise UserError(f"{path}: not a tokenizer of this program ({type(error).__name__})") from None
 
@@ -264,7 +266,7 @@ def prepare(dataset: str, tokenizer: str, seq_len: int, packing: bool, seed: int
     folder = Path(cache) / f"{name}-{key}"
     if not (folder / "meta.json").is_file():
         if next(documents(path), None) is None:
-            raise UserError(f"{path}: no text in it")
+            raise UserError(f"{path}: no text in it; give a file with one document a line")
         part = None
         try:
             Path(cache).mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 from data import UserError
-from run import (Log, barrier, files, first_line, guard, lasting, local_rank, open_folder, parse, rank, read_checkpoint, say,
+from run import (Log, files, first_does, first_line, guard, lasting, open_folder, parse, rank, read_checkpoint, say,
                  setting, setup, total, world, write_checkpoint)
 
 # ------------------------------------------------------------------------------------------------------ 1. The clock
@@ -586,11 +586,13 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
         model.compile()
     objective = Objective(model, loss)
     if world() > 1:
-        objective = nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
+        objective = nn.parallel.DistributedDataParallel(objective, gradient_as_bucket_view=True)
 
     log = Log(folder, kind, first)
     bar = tqdm(total=config.max_steps, initial=first, unit="step", disable=rank() != 0, file=sys.stderr, mininterval=1)
     history, bins, mark = [], torch.zeros(2, 10, device=device), time.perf_counter()
+    if first >= config.max_steps:
+        say(f"{folder / kind}.pt has all its {config.max_steps} steps: nothing is left to train")
     model.train()
     for step in range(first, last):
         torch.manual_seed(mix(config.seed, 2, step, rank()))  # dropout
@@ -717,16 +719,13 @@ def main(argv: list[str]) -> None:
     settings, given = parse(argv, Config, PRESETS, __doc__)
     if settings["sample"]:
         return write_samples(Config(**settings), "flm", sample)
-    config = Config(**open_folder(settings, given, "flm"))
+    data.source_file(settings["dataset"])
+    config = Config(**open_folder(settings, given, "flm", Config))
     check(config)
     folder, device = Path(config.run_dir), setup(config.device, config.threads)
     if config.bf16 is None:  # the first process decides for all
         config.bf16 = bool(total(torch.tensor(float(rank() == 0 and bf16_is_faster(device)), device=device)))
-    if local_rank() > 0:
-        barrier()
-    corpus = corpus_of(config)  # tokenised by one process a machine
-    if local_rank() == 0:
-        barrier()
+    corpus = first_does(lambda: corpus_of(config), device)
     if device.type == "cuda" and not config.loss_chunk:
         config.loss_chunk = max(1, 2**28 // corpus.tokenizer.vocab_size)
     model = build(config, corpus.tokenizer, corpus.log_p).to(device)

@@ -52,18 +52,26 @@ def parse(argv: list[str], Config: type, presets: dict[str, dict], doc: str) -> 
     for f in fields(Config):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type in (bool, bool | None) else dict(
             type=f.type, choices=f.metadata["choices"], metavar=None if f.metadata["choices"] else f.type.__name__.upper())
-        other = "".join(f"; {name}: {preset[f.name]}" for name, preset in presets.items() if f.name in preset)
-        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, **kind,
-                            help=f"{f.metadata['help']} (default {f.default}{other})".replace("%", "%%"))
+        defaults = [f"{f.default}"] * (f.default not in ("", None))
+        defaults += [f"{name}: {preset[f.name]}" for name, preset in presets.items() if f.name in preset]
+        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, **kind, help=(
+            f.metadata["help"] + f" (default {'; '.join(defaults)})" * bool(defaults)).replace("%", "%%"))
     given = vars(parser.parse_args(argv))
     dataset = given.get("dataset", Config.dataset)
     settings = asdict(Config()) | presets.get(dataset, presets["a text file"]) | given
     settings["run_dir"] = settings["run_dir"] or str(Path("runs") / (Path(dataset).name.split(".")[0] or "text"))
+    validate(settings, Config)
+    return settings, set(given)
+
+
+def validate(settings: dict, Config: type) -> None:
+    """Raises UserError for a setting of the wrong type or out of its bounds."""
     for f in fields(Config):
-        value, least, most = settings[f.name], f.metadata["least"], f.metadata["most"]
+        value, least, most, choices = settings[f.name], f.metadata["least"], f.metadata["most"], f.metadata["choices"]
+        if not isinstance(value, f.type | int if f.type is float else f.type) or choices and value not in choices:
+            raise UserError(f"{flag(f.name)} {value}: must be {' or '.join(choices) if choices else f.type.__name__}")
         if least is not None and not (least <= value <= most and math.isfinite(value)):
             raise UserError(f"{flag(f.name)} {value}: must be {least} or more" + f", {most} or less" * (most < math.inf))
-    return settings, set(given)
 
 
 def flag(name: str) -> str:
@@ -112,9 +120,17 @@ def keep_memory() -> None:
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
-def barrier() -> None:
-    if world() > 1:
-        dist.barrier()
+def first_does(work: Callable, device: torch.device):
+    """work() on the first process of each machine, then on the others; a UserError of one ends all of them."""
+    failure, result = None, None
+    if local_rank() == 0:
+        try:
+            result = work()
+        except UserError as error:
+            failure = error
+    if total(torch.tensor(float(failure is not None), device=device)):
+        raise failure or UserError("another process could not go on")
+    return result if local_rank() == 0 else work()
 
 
 def total(x: Tensor) -> Tensor:
@@ -141,7 +157,7 @@ def guard(main: Callable[[list[str]], None]) -> int:
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        say("interrupted; --resume goes on from the last checkpoint, if one was written")
+        say("interrupted; --resume goes on from the last checkpoint, or the same command starts anew if there is none")
         return 130
     finally:
         if dist.is_initialized():
@@ -204,7 +220,7 @@ def files(folder: Path, kind: str) -> list[Path]:
     return [folder / f"{kind}{end}" for end in (".pt", ".prev.pt", ".part", ".log.jsonl", ".samples.txt", ".loss.png")]
 
 
-def open_folder(settings: dict, given: set[str], kind: str) -> dict:
+def open_folder(settings: dict, given: set[str], kind: str, Config: type) -> dict:
     """Makes the run folder ready for a K = `kind` and returns the settings: those of its config.json if resuming.
 
     Raises UserError if the folder cannot be written, holds a run that is not to be overwritten, or was begun otherwise.
@@ -215,9 +231,13 @@ def open_folder(settings: dict, given: set[str], kind: str) -> dict:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); give another --run-dir") from None
+    if settings["resume"] and settings["overwrite"]:
+        raise UserError("--resume and --overwrite exclude each other; give one")
     if not settings["resume"]:
-        taken = [path.name for path in [*files(folder, kind), folder / "config.json"] if path.exists()]
-        if taken and rank() == 0 and not settings["overwrite"]:
+        checkpoint, spare, _, log, *_ = files(folder, kind)
+        foreign = [] if log.exists() else [folder / "config.json"]  # a run without a checkpoint yet may start anew
+        taken = [path.name for path in [checkpoint, spare, *foreign] if path.exists()]
+        if taken and not settings["overwrite"]:
             raise UserError(f"{folder}: holds a run ({taken[0]}); --resume goes on with it, --overwrite replaces it, "
                             "--run-dir names another")
         return settings
@@ -226,9 +246,10 @@ def open_folder(settings: dict, given: set[str], kind: str) -> dict:
         stored = json.loads(path.read_text())
         if not isinstance(stored, dict) or stored.keys() != settings.keys() - FREE:
             raise ValueError("its settings are not this program's")
+        validate(settings | stored, Config)
     except FileNotFoundError:
         raise UserError(f"{path}: no run to resume; start one without --resume") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, UserError) as error:
         raise UserError(f"{path}: not the settings of a run ({first_line(error)}); --overwrite trains anew") from None
     for name in given - FREE:
         if stored[name] != settings[name]:

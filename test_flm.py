@@ -591,8 +591,13 @@ def test_every_command_in_the_readme_parses():
 
 
 BAD = {
-    "--dataset nowhere.txt": "nowhere.txt: no such file",
+    "--dataset nowhere.txt": "nowhere.txt: not a file",
     "--dataset empty.txt": "empty.txt: no text",
+    "--dataset finished": "finished: not a file",
+    "--run-dir finished --resume --overwrite": "exclude each other",
+    "--run-dir typed --resume": "typed/config.json: not the settings of a run (--width banana: must be int)",
+    "--sample --run-dir untold": "tokenizer.json: no such file",
+    "--run-dir elsewhere": "elsewhere: holds a run (config.json)",
     "--dataset latin.txt": "latin.txt:2: not UTF-8",
     "--dataset broken.txt.gz": "broken.txt.gz: cannot be read",
     "--dataset long.txt --no-packing --tokenizer chars": "long.txt:2: 40 tokens",
@@ -636,7 +641,7 @@ def test_what_a_user_can_do_wrong_is_one_line_and_loses_nothing(folder, monkeypa
     Path("long.txt").write_text("\n".join(["short", "x" * 40, *"abcdefgh"]))
     flm.main(shlex.split(f"--max-steps 1 {TINY} --run-dir finished"))
     good = Path("finished/flm.pt").read_bytes()
-    for name in ("cut", "flipped", "foreign", "pickled", "other", "badconfig", "misfit"):
+    for name in ("cut", "flipped", "foreign", "pickled", "other", "badconfig", "misfit", "typed", "untold"):
         Path(name).mkdir()
         for part in Path("finished").iterdir():
             Path(name, part.name).write_bytes(part.read_bytes())
@@ -646,6 +651,10 @@ def test_what_a_user_can_do_wrong_is_one_line_and_loses_nothing(folder, monkeypa
     torch.save(Danger(), "pickled/flm.pt")
     Path("other/tokenizer.json").write_text('{"kind": "chars", "chars": "ab"}')
     Path("badconfig/config.json").write_text('{"seed": 1')
+    Path("typed/config.json").write_text(Path("typed/config.json").read_text().replace('"width": 16', '"width": "banana"'))
+    Path("untold/tokenizer.json").unlink()
+    Path("elsewhere").mkdir()
+    Path("elsewhere/config.json").write_text("another program's")
     Path("misfit/config.json").write_text(Path("misfit/config.json").read_text().replace('"width": 16', '"width": 32'))
     for line, expected in BAD.items():
         with pytest.raises(UserError) as error:
