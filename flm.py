@@ -47,7 +47,7 @@ def decodability(t: Tensor, V: int) -> Tensor:
 
 
 class Clock(nn.Module):
-    """[FLM] The decoding clock: time t as a function of tau, the chance that a noisy token is already decodable.
+    """[FLM] The decoding clock: time t as a function of tau, the chance, above guessing, that a noisy token is decodable.
 
     Uniform in t, most steps would pass where nothing or everything is decided; training and sampling are uniform in tau.
     A table over t, inverted by linear interpolation on the device that asks.
@@ -88,7 +88,8 @@ class Rows:
     """Which rows of a global batch these are. All their randomness is a pure function of (seed, step, row), so that any
     number of processes and micro-batches sees the same batch, and resuming needs no state.
 
-    tau fixes the time of all rows (evaluation); None draws it, stratified over the `total` rows of the batch.
+    `index` are their numbers among the `total` rows of the batch; training steps count from 0, negative ones are for
+    samples and evaluations. tau fixes the time of all rows; None draws it, stratified over the batch.
     """
 
     seed: int
@@ -169,7 +170,7 @@ def sample(model: nn.Module, n: int, steps: int, seed: int) -> Tensor:
 
 
 def rows_at_once(model: nn.Module) -> int:
-    """As many rows, 256 at most, as fit when each logit is held four times: in 1 GiB a copy."""
+    """As many rows, 256 at most, as keep a float32 (rows, L, V) tensor within 1 GiB."""
     return max(1, min(256, 2**28 // (model.config.seq_len * model.V)))
 
 
@@ -354,6 +355,7 @@ class Transformer(nn.Module):
         return torch.cat([checkpoint(self.cross_entropy, *part, use_reentrant=False) for part in parts]).view(x.shape[:2])
 
     def logits(self, x: Tensor, bayes: Tensor | None) -> Tensor:
+        """Features x (..., D) and, for `posterior`, bayes_logits (..., V) -> logits (..., V)."""
         cap = self.config.logit_cap
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bool(self.config.bf16)):
             z = F.linear(2 / cap * x, self.head.weight, 2 / cap * self.head.bias) if cap else self.head(x)
@@ -363,6 +365,7 @@ class Transformer(nn.Module):
         return z if bayes is None else z + bayes  # [FLM] the cap never touches Bayes' part, which reaches thousands
 
     def cross_entropy(self, x: Tensor, bayes: Tensor | None, targets: Tensor) -> Tensor:
+        """x (N, D), bayes (N, V) or None, targets (N,) or (N, V) -> nats (N,)."""
         return F.cross_entropy(self.logits(x, bayes), targets, reduction="none")
 
 
