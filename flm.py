@@ -12,12 +12,11 @@ B, L, V, D: rows, positions, vocabulary, width. What a GPT would not have is mar
 
 import contextlib
 import itertools
-import json
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import Field, asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -28,8 +27,8 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 from data import UserError
-from run import (Log, files, first_does, first_line, guard, lasting, open_folder, parse, rank, read_checkpoint, say,
-                 setting, setup, total, world, write_checkpoint)
+from run import (Log, clear, first_does, first_line, guard, lasting, open_folder, parse, rank, read_checkpoint, say, setting,
+                 setup, total, validate, world, write_checkpoint, write_settings)
 
 # ------------------------------------------------------------------------------------------------------ 1. The clock
 
@@ -160,12 +159,18 @@ def euler(denoiser: Callable[[Tensor, Tensor], Tensor], state: Tensor, clock: Cl
 @torch.no_grad()
 def sample(model: nn.Module, n: int, steps: int, seed: int) -> Tensor:
     """Writes n texts in `steps` network evaluations: tokens (n, L). Text i is a pure function of (seed, i, steps)."""
+    def denoiser(state: Tensor, tau: Tensor) -> Tensor:
+        return model(state, tau).softmax(-1)
+    return write(model, n, seed, lambda state, rows: euler(denoiser, state, model.clock, steps, model.clean))
+
+
+def write(model: nn.Module, n: int, seed: int, solve: Callable[[Tensor, Rows], Tensor]) -> Tensor:
+    """The texts (n, L) at which solve(state at t = 0, its rows) -> probs (B, L, V) arrives, from the noise of `seed`."""
     texts, batch = [], rows_at_once(model)
     for start in range(0, n, batch):
         rows = Rows(seed, -1, range(start, min(start + batch, n)), n)  # step -1: no training step's noise
         _, white = rows.draw(model.config.seq_len, model.noise_dims, model.device)  # a text needs no tau
-        probs = euler(lambda state, tau: model(state, tau).softmax(-1), model.noise(white), model.clock, steps, model.clean)
-        texts.append(probs.argmax(-1).cpu())
+        texts.append(solve(model.noise(white), rows).argmax(-1).cpu())
     return torch.cat(texts)
 
 
@@ -275,6 +280,7 @@ class Transformer(nn.Module):
         self.norm = LayerNorm(D)
         self.modulation = nn.Linear(config.cond_width, 2 * D)
         self.head = nn.Linear(D, V)
+        self.gain = None if self.linear else nn.Parameter(torch.zeros(config.cond_width))  # of a map on its noise
         angles = torch.arange(config.seq_len)[:, None, None, None] * 10000 ** -(
             torch.arange(0, D // config.heads, 2) / (D // config.heads))
         self.register_buffer("cos", angles.cos(), persistent=False)
@@ -290,8 +296,9 @@ class Transformer(nn.Module):
         for layer in [*(block.modulation for block in self.blocks), self.modulation, self.time_t.mlp[-1], self.head]:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        self.time_t.requires_grad_(False)  # a flow has no second time: distillation thaws it
+        self.time_t.requires_grad_(False)  # a flow has no second time: distillation thaws what is its own
         if not self.linear:
+            self.gain.requires_grad_(False)
             nn.init.normal_(self.head.weight, std=0.1)
             nn.init.normal_(self.embedding, std=0.6)
             for block in self.blocks:
@@ -323,19 +330,25 @@ class Transformer(nn.Module):
         zeros = torch.zeros(*tokens_or_probs.shape, self.V, dtype=self.embedding.dtype, device=self.device)
         return zeros.scatter_(-1, tokens_or_probs[..., None], 1.0)
 
-    def bayes_logits(self, state: Tensor, tau: Tensor) -> Tensor:
-        """[FLM] log p + c x_t, Bayes' rule for each token without its context, up to a constant: (B, L, V)."""
-        t = self.clock.t(tau)[:, None, None]
-        return torch.addcmul(self.log_p, t / (1 - t).clamp(min=0.02) ** 2, state)
+    def bayes_logits(self, state: Tensor, tau_s: Tensor, tau_t: Tensor | None = None) -> Tensor:
+        """[FLM] log p + c x_s, Bayes' rule for each token without its context, up to a constant: (B, L, V).
+
+        A map from s to t must see noise that c = s/(1-s)^2 hides: it reads x_s with the weight its noise will have at m,
+        half-way in tau, k = m/((1-m)(1-s)), which is c where t = s.
+        """
+        s = self.clock.t(tau_s)[:, None, None]
+        m = s if tau_t is None else self.clock.t((tau_s + tau_t) / 2)[:, None, None]
+        return torch.addcmul(self.log_p, m / ((1 - m).clamp(min=0.02) * (1 - s).clamp(min=0.02)), state)
 
     def forward(self, state: Tensor, tau_s: Tensor, tau_t: Tensor | None = None, targets: Tensor | None = None) -> Tensor:
         """Logits (B, L, V) in float32 from state (B, L, D or V) and tau_s (B,), or with targets (B, L) or (B, L, V)
-        their cross-entropy (B, L), the network's part of the logits held for `config.loss_chunk` positions at a time."""
-        bayes = None if self.linear else self.bayes_logits(state, tau_s)
-        cond = self.time_s(tau_s)
-        if tau_t is not None:
-            cond = cond + self.time_t(tau_t)
-        cond = F.silu(cond)
+        their cross-entropy (B, L), the network's part of the logits held for `config.loss_chunk` positions at a time.
+        With tau_t (B,) those of a flow map's mean denoiser from s to t, without it the flow's denoiser at s."""
+        bayes = skip = None if self.linear else self.bayes_logits(state, tau_s, tau_t)
+        cond = F.silu(self.time_s(tau_s) if tau_t is None else self.time_s(tau_s) + self.time_t(tau_t))
+        if tau_t is not None and not self.linear:  # [FLM] the noise decides more the longer the journey
+            gain = (tau_t - tau_s) * (cond @ self.gain)
+            skip = torch.addcmul(bayes, gain[:, None, None], state)
         with torch.autocast(state.device.type, torch.bfloat16, enabled=bool(self.config.bf16)):
             x = state if self.linear else bayes.softmax(-1) @ self.embedding  # [FLM]
             if self.position is not None:
@@ -346,35 +359,35 @@ class Transformer(nn.Module):
             shift, scale = self.modulation(cond)[:, None].to(x.dtype).chunk(2, dim=-1)
             x = torch.addcmul(shift, self.norm(x), 1 + scale)
         if targets is None:
-            return self.logits(x, bayes)
-        flat = [None if a is None else a.flatten(0, 1) for a in (x, bayes, targets)]
+            return self.logits(x, skip)
+        flat = [None if a is None else a.flatten(0, 1) for a in (x, skip, targets)]
         chunk = self.config.loss_chunk
         if not chunk or chunk >= len(flat[0]):
             return self.cross_entropy(*flat).view(x.shape[:2])
         parts = zip(*(itertools.repeat(None) if a is None else a.split(chunk) for a in flat))
         return torch.cat([checkpoint(self.cross_entropy, *part, use_reentrant=False) for part in parts]).view(x.shape[:2])
 
-    def logits(self, x: Tensor, bayes: Tensor | None) -> Tensor:
-        """Features x (..., D) and, for `posterior`, bayes_logits (..., V) -> logits (..., V)."""
+    def logits(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        """Features x (..., D) and, for `posterior`, what Bayes' rule adds (..., V) -> logits (..., V)."""
         cap = self.config.logit_cap
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bool(self.config.bf16)):
             z = F.linear(2 / cap * x, self.head.weight, 2 / cap * self.head.bias) if cap else self.head(x)
         z = z.to(x.dtype)
         if cap:
             z = 2 * cap * z.sigmoid_() - cap  # = cap tanh(network / cap), but a sigmoid takes a CPU a quarter of the time
-        return z if bayes is None else z + bayes  # [FLM] the cap never touches Bayes' part, which reaches thousands
+        return z if skip is None else z + skip  # [FLM] the cap never touches Bayes' part, which reaches thousands
 
-    def cross_entropy(self, x: Tensor, bayes: Tensor | None, targets: Tensor) -> Tensor:
-        """x (N, D), bayes (N, V) or None, targets (N,) or (N, V) -> nats (N,)."""
-        return F.cross_entropy(self.logits(x, bayes), targets, reduction="none")
+    def cross_entropy(self, x: Tensor, skip: Tensor | None, targets: Tensor) -> Tensor:
+        """x (N, D), skip (N, V) or None, targets (N,) or (N, V) -> nats (N,)."""
+        return F.cross_entropy(self.logits(x, skip), targets, reduction="none")
 
 
 # ---------------------------------------------------------------------------------------------------- 5. Settings
 
 
 @dataclass
-class Config:
-    """All settings; each field is a flag. The defaults are the paper's network and training, PRESETS change them."""
+class Network:
+    """The settings that a network keeps for life: its text and its shape."""
 
     dataset: str = setting("words", "words, sotu, or a UTF-8 text with one document a line (.txt, .txt.gz, .txt.xz)")
     tokenizer: str = setting("bert-base-uncased", "how text becomes tokens", choices=data.TOKENIZERS)
@@ -393,6 +406,11 @@ class Config:
                                               "tell where a row begins; left out: where rows are padded")
     logit_cap: float = setting(30.0, "soft cap on the network's output; 0: none", 0)
     attention_cap: float = setting(0.0, "soft cap on attention scores; 0: none", 0)
+
+
+@dataclass
+class Config(Network):
+    """All settings; each field is a flag. The defaults are the paper's network and training, PRESETS change them."""
 
     max_steps: int = setting(1_000_000, "steps of training", 1)
     batch_size: int = setting(512, "rows a step, over all processes and micro-batches", 1)
@@ -583,7 +601,8 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
         del content
     last = max(first, min(config.max_steps, config.stop_after or config.max_steps))
     B, L, local = config.batch_size, config.seq_len, config.batch_size // world()
-    most = 2**15 // L if model.linear and config.loss_chunk else min(2**15 // L, rows_at_once(model))
+    chunked = model.linear and config.loss_chunk and kind != "fmlm"  # no tensor is V-wide; the targets of a map are
+    most = 2**15 // L if chunked else min(2**15 // L, rows_at_once(model))
     micro = config.micro_batch_size or next(m for m in range(local, 0, -1) if local % m == 0 and (m <= most or m == 1))
     if config.compile and device.type == "cuda":
         model.compile()
@@ -641,7 +660,7 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
                 by_tau = held_out_loss(model, loss, corpus, config.eval_rows if done < config.max_steps else sys.maxsize)
                 texts = to_lines(model, sample(model, 4, 16, config.seed))
             log.write(step=done, heldout=sum(by_tau) / 10, heldout_by_tau=by_tau, samples=texts)
-            say(f"step {done}: held-out loss {sum(by_tau) / 10:.4f} nats a position, by tenth of tau "
+            say(f"step {done}: held-out loss {sum(by_tau) / 10:.4f} nats a position, by tenth of {log.time} "
                 + " ".join(f"{x:.3f}" for x in by_tau) + "".join(f"\n    {text}" for text in texts))
         if (evaluate or done == last) and rank() == 0:
             write_checkpoint(folder / f"{kind}.pt", dict(
@@ -661,10 +680,10 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
 # -------------------------------------------------------------------------------------------------- 7. Command line
 
 
-def build(config: Config, tokenizer: data.Tokenizer, log_p: Tensor, kind: str = "flm") -> Transformer:
+def build(config: Config, tokenizer: data.Tokenizer, log_p: Tensor, kind: str = "flm", network: type = Transformer):
     """A new network, alike on every process; its weights are a function of the seed."""
     torch.manual_seed(mix(config.seed, 1))
-    model = Transformer(config, tokenizer.vocab_size, log_p)
+    model = network(config, tokenizer.vocab_size, log_p)
     model.kind, model.tokenizer = kind, tokenizer
     return model
 
@@ -673,6 +692,16 @@ def corpus_of(config: Config) -> data.Corpus:
     """The tokenised text of these settings."""
     return data.prepare(**{name: getattr(config, name) for name in (
         "dataset", "tokenizer", "vocab_size", "seq_len", "packing", "seed", "batch_size")})
+
+
+def corpus_for(config: Config, device: torch.device) -> data.Corpus:
+    """The text to train on, made once a machine; settles what the device decides of the settings."""
+    if config.bf16 is None:  # the first process decides for all
+        config.bf16 = bool(total(torch.tensor(float(rank() == 0 and bf16_is_faster(device)), device=device)))
+    corpus = first_does(lambda: corpus_of(config), device)
+    if device.type == "cuda" and not config.loss_chunk:
+        config.loss_chunk = max(1, 2**28 // corpus.tokenizer.vocab_size)
+    return corpus
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Transformer:
@@ -718,25 +747,33 @@ def write_samples(config: Config, kind: str, sample: Callable) -> None:
         raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from None
 
 
+def command_line(argv: list[str]) -> tuple[dict, set[str]]:
+    """The settings of a command line, a dict of Config's fields, and the names of the flags that were given."""
+    def defaults(f: Field) -> str:
+        own = [f"{f.default}"] * (f.default not in ("", None))
+        return "; ".join(own + [f"{name}: {preset[f.name]}" for name, preset in PRESETS.items() if f.name in preset])
+    given = parse(argv, Config, __doc__, defaults)
+    dataset = given.get("dataset", Config.dataset)
+    settings = asdict(Config()) | PRESETS.get(dataset, PRESETS["a text file"]) | given
+    settings["run_dir"] = settings["run_dir"] or str(Path("runs") / (Path(dataset).name.split(".")[0] or "text"))
+    validate(settings, Config)
+    return settings, set(given)
+
+
 def main(argv: list[str]) -> None:
-    settings, given = parse(argv, Config, PRESETS, __doc__)
+    settings, given = command_line(argv)
     if settings["sample"]:
         return write_samples(Config(**settings), "flm", sample)
     data.source_file(settings["dataset"])
     config = Config(**open_folder(settings, given, "flm", Config))
     check(config)
-    folder, device = Path(config.run_dir), setup(config.device, config.threads)
-    if config.bf16 is None:  # the first process decides for all
-        config.bf16 = bool(total(torch.tensor(float(rank() == 0 and bf16_is_faster(device)), device=device)))
-    corpus = first_does(lambda: corpus_of(config), device)
-    if device.type == "cuda" and not config.loss_chunk:
-        config.loss_chunk = max(1, 2**28 // corpus.tokenizer.vocab_size)
+    device = setup(config.device, config.threads)
+    corpus = corpus_for(config, device)
     model = build(config, corpus.tokenizer, corpus.log_p).to(device)
     if rank() == 0 and not config.resume:
-        for old in files(folder, "flm") + files(folder, "fmlm"):  # a map distilled from the old flow goes with it
-            old.unlink(missing_ok=True)
-        corpus.tokenizer.save(folder / "tokenizer.json")
-        (folder / "config.json").write_text(json.dumps(lasting(config), indent=1))
+        clear(Path(config.run_dir), "flm", "fmlm", "correction")  # a map distilled from the old flow goes with it
+        write_settings(config, "flm")
+        corpus.tokenizer.save(Path(config.run_dir) / "tokenizer.json")
     say(f"{config.dataset}: {corpus.blocks('train')} rows of {config.seq_len} tokens to train on, "
         f"{'none (too little text)' if corpus.borrowed else corpus.blocks('heldout')} held out, V = {model.V}; "
         f"{config.parameterization} network, "

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, field, fields
+from dataclasses import Field, asdict, field, fields
 from datetime import timedelta
 from pathlib import Path
 
@@ -26,7 +26,8 @@ from data import UserError
 
 # Flags that may differ from those a run was begun with, and are not kept with it: they decide no weight (but for rounding,
 # which follows device and threads).
-FREE = {"run_dir", "device", "threads", "resume", "overwrite", "stop_after", "sample", "sample_steps", "num_samples", "out"}
+FREE = {"run_dir", "device", "threads", "resume", "overwrite", "stop_after", "sample", "sample_steps", "num_samples",
+        "renoise", "out"}
 
 
 # -------------------------------------------------------------------------------------------------------------- flags
@@ -42,26 +43,21 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the flags")
 
 
-def parse(argv: list[str], Config: type, presets: dict[str, dict], doc: str) -> tuple[dict, set[str]]:
-    """The settings of a command line, a dict of Config's fields, and the names of the flags that were given.
+def parse(argv: list[str], Config: type, doc: str, defaults: Callable[[Field], str | None]) -> dict:
+    """The flags of a command line that were given, by the names of Config's fields.
 
-    Each field of Config is a --flag. `presets` maps a --dataset to other defaults, "a text file" for any path.
-    Raises UserError for an unknown flag or a value out of bounds.
+    Each field is a --flag; defaults(field) is what the help says of its default, None where it is to be no flag.
+    Raises UserError for an unknown flag.
     """
     parser = Parser(description=doc, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
     for f in fields(Config):
+        if (default := defaults(f)) is None:
+            continue
         kind = dict(action=argparse.BooleanOptionalAction) if f.type in (bool, bool | None) else dict(
             type=f.type, choices=f.metadata["choices"], metavar=None if f.metadata["choices"] else f.type.__name__.upper())
-        defaults = [f"{f.default}"] * (f.default not in ("", None))
-        defaults += [f"{name}: {preset[f.name]}" for name, preset in presets.items() if f.name in preset]
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, **kind, help=(
-            f.metadata["help"] + f" (default {'; '.join(defaults)})" * bool(defaults)).replace("%", "%%"))
-    given = vars(parser.parse_args(argv))
-    dataset = given.get("dataset", Config.dataset)
-    settings = asdict(Config()) | presets.get(dataset, presets["a text file"]) | given
-    settings["run_dir"] = settings["run_dir"] or str(Path("runs") / (Path(dataset).name.split(".")[0] or "text"))
-    validate(settings, Config)
-    return settings, set(given)
+            f.metadata["help"] + f" (default {default})" * bool(default)).replace("%", "%%"))
+    return vars(parser.parse_args(argv))
 
 
 def validate(settings: dict, Config: type) -> None:
@@ -193,7 +189,8 @@ def read_checkpoint(path: Path) -> dict:
     Raises UserError for a missing, damaged or foreign file.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint; train one first: python flm.py --run-dir {path.parent}")
+        program = "distill.py" if path.stem == "fmlm" else "flm.py"
+        raise UserError(f"{path}: no such checkpoint; train one first: python {program} --run-dir {path.parent}")
     try:
         with zipfile.ZipFile(path) as records:
             if (bad := records.testzip()) is not None:
@@ -215,13 +212,43 @@ def first_line(error: Exception) -> str:
 # --------------------------------------------------------------------------------------------------------- run folder
 
 
+def config_file(folder: Path, kind: str) -> Path:
+    return folder / ("config.json" if kind == "flm" else f"{kind}.config.json")
+
+
 def files(folder: Path, kind: str) -> list[Path]:
     """What a run leaves for its K = `kind`, whether it is there or not."""
-    return [folder / f"{kind}{end}" for end in (".pt", ".prev.pt", ".part", ".log.jsonl", ".samples.txt", ".loss.png")]
+    ends = (".pt", ".prev.pt", ".log.jsonl", ".part", ".samples.txt", ".loss.png")
+    return [*(folder / f"{kind}{end}" for end in ends), config_file(folder, kind)]
+
+
+def clear(folder: Path, *kinds: str) -> None:
+    for kind in kinds:
+        for path in files(folder, kind):
+            path.unlink(missing_ok=True)
+
+
+def write_settings(config, kind: str) -> None:
+    config_file(Path(config.run_dir), kind).write_text(json.dumps(lasting(config), indent=1))
+
+
+def read_settings(folder: Path, kind: str, Config: type) -> dict:
+    """The settings that the K = `kind` of this folder was begun with. Raises UserError where there are none."""
+    path = config_file(folder, kind)
+    try:
+        stored = json.loads(path.read_text())
+        if not isinstance(stored, dict) or stored.keys() != {f.name for f in fields(Config)} - FREE:
+            raise ValueError("its settings are not this program's")
+        validate(asdict(Config()) | stored, Config)
+        return stored
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file, so no run to go on with; start one without --resume") from None
+    except (OSError, ValueError, UserError) as error:
+        raise UserError(f"{path}: not the settings of a run ({first_line(error)}); --overwrite trains anew") from None
 
 
 def open_folder(settings: dict, given: set[str], kind: str, Config: type) -> dict:
-    """Makes the run folder ready for a K = `kind` and returns the settings: those of its config.json if resuming.
+    """Makes the run folder ready for a K = `kind` and returns the settings: those it was begun with if resuming.
 
     Raises UserError if the folder cannot be written, holds a run that is not to be overwritten, or was begun otherwise.
     """
@@ -234,23 +261,14 @@ def open_folder(settings: dict, given: set[str], kind: str, Config: type) -> dic
     if settings["resume"] and settings["overwrite"]:
         raise UserError("--resume and --overwrite exclude each other; give one")
     if not settings["resume"]:
-        checkpoint, spare, _, log, *_ = files(folder, kind)
-        foreign = [] if log.exists() else [folder / "config.json"]  # a run without a checkpoint yet may start anew
+        checkpoint, spare, log, *_ = files(folder, kind)
+        foreign = [] if log.exists() else [config_file(folder, kind)]  # a run without a checkpoint yet may start anew
         taken = [path.name for path in [checkpoint, spare, *foreign] if path.exists()]
         if taken and not settings["overwrite"]:
             raise UserError(f"{folder}: holds a run ({taken[0]}); --resume goes on with it, --overwrite replaces it, "
                             "--run-dir names another")
         return settings
-    path = folder / "config.json"
-    try:
-        stored = json.loads(path.read_text())
-        if not isinstance(stored, dict) or stored.keys() != settings.keys() - FREE:
-            raise ValueError("its settings are not this program's")
-        validate(settings | stored, Config)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no run to resume; start one without --resume") from None
-    except (OSError, ValueError, UserError) as error:
-        raise UserError(f"{path}: not the settings of a run ({first_line(error)}); --overwrite trains anew") from None
+    stored = read_settings(folder, kind, Config)
     for name in given - FREE:
         if stored[name] != settings[name]:
             raise UserError(f"{flag(name)} {settings[name]}: this run was begun with {stored[name]}; leave the flag out, or "
@@ -271,6 +289,7 @@ class Log:
 
     def __init__(self, folder: Path, kind: str, step: int):
         self.path, self.samples, self.lines = folder / f"{kind}.log.jsonl", folder / f"{kind}.samples.txt", []
+        self.time = "tau_t - tau_s" if kind in ("fmlm", "correction") else "tau"
         if rank() == 0:
             old = self.path.read_text(encoding="utf-8").splitlines() if step and self.path.exists() else []
             for path in (self.path, self.samples):
@@ -304,5 +323,5 @@ class Log:
         left.legend()
         last = [line["heldout_by_tau"] for line in self.lines if "heldout" in line][-1]
         right.bar([k / 10 + 0.05 for k in range(10)], last, width=0.09)
-        right.set(xlabel="tau", ylabel="held-out nats a position")
+        right.set(xlabel=self.time, ylabel="held-out nats a position")
         figure.savefig(path)

@@ -23,7 +23,7 @@ import data
 import evaluate
 import flm
 from data import UserError
-from run import parse, read_checkpoint, write_checkpoint
+from run import read_checkpoint, write_checkpoint
 
 HERE = Path(__file__).parent
 TINY = "--depth 2 --width 16 --heads 2 --cond-width 8 --batch-size 8 --eval-rows 8 --log-every 1 --warmup 0 --no-bf16"
@@ -43,7 +43,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def settings(flags: str) -> flm.Config:
-    return flm.Config(**parse(shlex.split(flags), flm.Config, flm.PRESETS, flm.__doc__)[0])
+    return flm.Config(**flm.command_line(shlex.split(flags))[0])
 
 
 def network(V: int, flags: str, log_p: torch.Tensor | None = None, dtype=torch.float32) -> flm.Transformer:
@@ -615,7 +615,7 @@ BAD = {
     "--run-dir empty.txt/run": "empty.txt/run: cannot be written",
     "--run-dir finished": "finished: holds a run (flm.pt); --resume",
     "--run-dir finished --resume --lr 9": "--lr 9.0: this run was begun with",
-    "--run-dir nothing --resume": "no run to resume",
+    "--run-dir nothing --resume": "no run to go on with",
     "--sample --run-dir nothing": "no such checkpoint; train one first: python flm.py",
     "--sample --run-dir cut": "not a whole checkpoint",
     "--sample --run-dir flipped": "not a whole checkpoint",

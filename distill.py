@@ -1,0 +1,389 @@
+"""Flow map language model (FMLM): a flow distilled into a map that writes a whole text in one network evaluation.
+
+    python distill.py                                              # distils runs/words/flm.pt into runs/words/fmlm.pt
+    python distill.py --run-dir runs/sotu --objective lagrangian
+    python distill.py --sample --run-dir runs/words --sample-steps 1 --num-samples 20
+    torchrun --standalone --nproc_per_node=8 distill.py --run-dir runs/my
+
+The map X_{s,t} takes a state at time s to where the flow has it at time t. The same network as the flow's, asked with two
+times, gives the mean denoiser delta_{s,t}, one distribution a position:  X_{s,t}(x) = (1-t)/(1-s) x + (t-s)/(1-s) delta.
+Settings that are left out are those of the flow that is distilled. Paper: arXiv 2602.16813.
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import Field, asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import flm
+from data import UserError
+from flm import Clock, Rows, Transformer
+from run import (FREE, clear, flag, guard, open_folder, parse, rank, read_settings, say, setting, setup, validate, world,
+                 write_settings)
+
+Delta = Callable[[Tensor, Tensor, Tensor], Tensor]  # (state, tau_s (B,), tau_t (B,)) -> delta_{s,t} (B, L, V)
+
+# ------------------------------------------------------------------------------------------------------- 1. The map
+
+
+def mean_denoiser(model: nn.Module) -> Delta:
+    return lambda state, tau_s, tau_t: model(state, tau_s, tau_t).softmax(-1)
+
+
+def move(model: nn.Module, state: Tensor, probs: Tensor, tau_s: Tensor, tau_t: Tensor) -> Tensor:
+    """X_{s,t}(x) = x + (t-s)/(1-s) (delta - x), from the state x at s and probs = delta_{s,t}(x)."""
+    s, t = times(model.clock, tau_s, tau_t)
+    return torch.lerp(state, model.clean(probs), (t - s) / (1 - s).clamp(min=1e-9))
+
+
+def times(clock: Clock, *taus: Tensor) -> list[Tensor]:
+    """t(tau) of each tau (B,), as (B, 1, 1)."""
+    return [clock.t(tau)[:, None, None] for tau in taus]
+
+
+def flow_map(model: nn.Module, state: Tensor, tau_s: Tensor, tau_t: Tensor) -> Tensor:
+    """X_{s,t}: where the flow takes `state` (B, L, V or D), being at tau_s (B,), by tau_t (B,).
+
+    X_{t,t} is the identity and X_{s,1} the state of the probabilities themselves.
+    """
+    return move(model, state, mean_denoiser(model)(state, tau_s, tau_t), tau_s, tau_t)
+
+
+def few_steps(delta: Delta, model: nn.Module, state: Tensor, steps: int, renoise: float,
+              noise: Callable[[int], Tensor]) -> Tensor:
+    """Follows the map from noise to data in `steps` evaluations on a uniform tau grid; returns the last probs (B, L, V).
+
+    renoise = 0 is the plain map, 1 jumps to the end and puts all noise back; between, each step goes on to a later t~, with
+    1 - t~ = (1 - t') sqrt(1 - renoise^2), and returns to t' with fresh noise(step). Scaled so that the law of x_t' is exact
+    for every renoise; the paper's "gamma-sampling" is so only at its ends.
+    """
+    grid = torch.linspace(0, 1, steps + 1, device=state.device)
+    for step, (tau, tau_next) in enumerate(zip(grid, grid[1:])):
+        t_next = model.clock.t(tau_next)
+        t_far = 1 - (1 - t_next) * math.sqrt(1 - renoise**2)
+        tau_s, tau_far = (x.expand(len(state)) for x in (tau, model.clock.tau(t_far)))
+        probs = delta(state, tau_s, tau_far)
+        if step + 1 < steps:
+            shrink = t_next / t_far  # x_t~ has t~ of the token and 1 - t~ of the noise
+            fresh = ((1 - t_next) ** 2 - (shrink * (1 - t_far)) ** 2).clamp(min=0).sqrt()
+            state = shrink * move(model, state, probs, tau_s, tau_far) + fresh * noise(step)
+    return probs
+
+
+@torch.no_grad()
+def sample(model: Transformer, n: int, steps: int, seed: int, renoise: float = 0.0, delta: Delta | None = None) -> Tensor:
+    """Writes n texts in `steps` evaluations of the map: tokens (n, L), from the noise that flm.sample has for this seed."""
+    def solve(state: Tensor, rows: Rows) -> Tensor:
+        def noise(step: int) -> Tensor:
+            again = replace(rows, seed=flm.mix(rows.seed, 3, step))
+            return model.noise(again.draw(state.shape[1], model.noise_dims, state.device)[1])
+        return few_steps(delta or mean_denoiser(model), model, state, steps, renoise, noise)
+    return flm.write(model, n, seed, solve)
+
+
+# -------------------------------------------------------------------------------------------------- 2. Objectives
+# Each names what delta_{s,t} must equal if X is the flow of `denoiser`, whose D_t is delta_{t,t}: a target for the network,
+# from its own delta, that is held fixed. All have the same solution; they differ in what stands between a network and it.
+
+
+def semigroup(delta: Delta, denoiser: Callable, model: nn.Module, state: Tensor, tau_s: Tensor, tau_t: Tensor) -> Tensor:
+    """From s to t is from s to u and on from u to t, u half-way in tau; in probabilities:
+
+    delta_{s,t}(x) = w delta_{s,u}(x) + (1-w) delta_{u,t}(X_{s,u}(x)),  w = (1-t)(u-s) / ((1-u)(t-s)), from 0 to 1.
+
+    A mean of two distributions, without a derivative: the stable one.
+    """
+    tau_u = (tau_s + tau_t) / 2
+    s, u, t = times(model.clock, tau_s, tau_u, tau_t)
+    first = delta(state, tau_s, tau_u)
+    second = delta(move(model, state, first, tau_s, tau_u), tau_u, tau_t)
+    w = (1 - t) * (u - s) / ((1 - u) * (t - s))
+    w = torch.where(t == 1, 0.0, torch.where(t - s < 1e-6, 0.5, w))
+    return torch.lerp(second, first, w.clamp(0, 1))
+
+
+def lagrangian(delta: Delta, denoiser: Callable, model: nn.Module, state: Tensor, tau_s: Tensor, tau_t: Tensor) -> Tensor:
+    """The end moves with the flow, d/dt X_{s,t} = b_t(X_{s,t}):
+
+    delta_{s,t}(x) = D_t(X_{s,t}(x)) - (1-t)(t-s)/(1-s) d/dt delta_{s,t}(x).
+
+    Unstable where the network's slope in t is large and wrong, early in training and for long journeys: what the subtraction
+    leaves below zero is cut off, which biases the rest. At t = 1 the slope has no weight.
+    """
+    s, t = times(model.clock, tau_s, tau_t)
+    probs, slope = derivative(lambda t: delta(state, tau_s, model.clock.tau(t)), (t[:, 0, 0],), (torch.ones_like(tau_t),))
+    ahead = denoiser(move(model, state, probs, tau_s, tau_t), tau_t)
+    return to_simplex(ahead - (1 - t) * (t - s) / (1 - s) * slope)
+
+
+def eulerian(delta: Delta, denoiser: Callable, model: nn.Module, state: Tensor, tau_s: Tensor, tau_t: Tensor) -> Tensor:
+    """The end does not depend on where along the path one starts, d/ds X_{s,t}(x_s) = 0 with dx/ds = b_s:
+
+    delta_{s,t}(x) = D_s(x) + (t-s)(1-s)/(1-t) d/ds delta_{s,t}(x_s).
+
+    Unstable towards t = 1, where the factor of the slope, taken through the network along V dimensions, has no bound: use it
+    up to tau_t = .99 only.
+    """
+    s, t = times(model.clock, tau_s, tau_t)
+    now = denoiser(state, tau_s)
+    velocity = (model.clean(now) - state) / (1 - s)
+    _, slope = derivative(lambda s, x: delta(x, model.clock.tau(s), tau_t), (s[:, 0, 0], state),
+                          (torch.ones_like(tau_s), velocity))
+    return to_simplex(now + (t - s) * (1 - s) / (1 - t) * slope)
+
+
+def derivative(f: Callable, at: tuple, along: tuple) -> tuple[Tensor, Tensor]:
+    """f(*at) and its derivative along a tangent. Fused attention has no forward derivative, so the plain one computes it."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch.func.jvp(f, at, along)
+
+
+def to_simplex(target: Tensor) -> Tensor:
+    positive = target.clamp(min=0)
+    return positive / positive.sum(-1, keepdim=True)
+
+
+TARGETS = {"semigroup": semigroup, "lagrangian": lagrangian, "eulerian": eulerian}
+
+
+# ------------------------------------------------------------------------------------------------------ 3. Losses
+
+
+def journeys(rows: Rows, tau: Tensor, last: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Where each row's journey starts and ends, tau_s and tau_t (B,), from its stratified draw tau (B,).
+
+    The duration is even over (0, 1), one journey in 32 being the whole; the start is even over what that leaves, by
+    multiples of the golden section, which fill it as evenly as strata do. `last` scales both.
+    """
+    duration = (tau * 32 / 31).clamp(max=1) if rows.tau is None else tau
+    index = torch.arange(rows.index.start, rows.index.stop, device=tau.device, dtype=torch.float64)
+    place = (index * (math.sqrt(5) - 1) / 2 + flm.mix(rows.seed, rows.step) / 2**32).remainder(1)
+    tau_s = (1 - duration) * place.float()
+    return last * tau_s, last * (tau_s + duration)
+
+
+def map_loss(objective: str, teacher: Transformer | None) -> Callable:
+    """The loss of --objective: even rows of the batch stay at one time, odd ones travel.
+
+    Where t = s, delta_{t,t} is held to the teacher's D_t or, without a teacher, to the tokens; elsewhere to the target of
+    the objective. Cross-entropy less the target's entropy: nats a position from the target, 0 for the true map (but for
+    tokens, which keep theirs). The times returned are durations, tau_t - tau_s.
+    """
+    def loss(model: nn.Module, tokens: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        tau, white = rows.draw(tokens.shape[1], model.noise_dims, tokens.device)
+        tau_s, tau_t = journeys(rows, tau, last=0.99 if objective == "eulerian" else 1.0)
+        stay, go = slice(rows.index.start % 2, None, 2), slice(1 - rows.index.start % 2, None, 2)
+        if rows.tau is not None:  # an evaluation asks for one duration
+            stay, go = slice(0), slice(None)
+        tau_s[stay] = tau_t[stay] = tau[stay]
+        state = torch.lerp(model.noise(white), model.clean(tokens), *times(model.clock, tau_s))
+
+        def denoiser(state: Tensor, tau: Tensor) -> Tensor:
+            return (teacher(state, tau) if teacher else model(state, tau, tau)).softmax(-1)
+        with torch.no_grad():
+            target = torch.zeros(*tokens.shape, model.V, device=tokens.device).scatter_(-1, tokens[..., None], 1.0)
+            if teacher:
+                target[stay] = denoiser(state[stay], tau_s[stay])
+            target[go] = TARGETS[objective](mean_denoiser(model), denoiser, model, state[go], tau_s[go], tau_t[go])
+            entropy = torch.special.entr(target).sum(-1)
+        return (model(state, tau_s, tau_t, targets=target) - entropy).mean(1), tau_t - tau_s
+    return loss
+
+
+class Correction(Transformer):
+    """The first network of two-stage: what the map adds to one straight step of the teacher, to second order,
+
+    X_{s,t}(x) = x + (t-s) b_s(x) + (t-s)^2/2 g_{s,t}(x),  so that  delta_{s,t} = D_s + (1-s)(t-s)/2 g_{s,t}.
+
+    Its outputs are g itself, zero at first, and log_weight holds the log of the error expected in each tenth of tau_s.
+    """
+
+    def __init__(self, config: flm.Config, V: int, log_p: Tensor):
+        super().__init__(config, V, log_p)
+        self.log_weight = nn.Parameter(torch.zeros(10))
+
+    def start_at_zero(self) -> None:
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        if not self.linear:
+            self.gain.requires_grad_(False)  # Bayes' rule has no part in g
+
+    def logits(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        return super().logits(x, None)
+
+
+def corrected(correction: nn.Module, teacher: nn.Module) -> Delta:
+    """delta_{s,t} of a correction network: it sums to one, and is positive as far as it is right."""
+    def delta(state: Tensor, tau_s: Tensor, tau_t: Tensor) -> Tensor:
+        s, t = times(correction.clock, tau_s, tau_t)
+        with torch.no_grad():
+            now = teacher(state, tau_s).softmax(-1)
+        g = correction(state, tau_s, tau_t)
+        return now + (1 - s) * (t - s) / 2 * (g - g.mean(-1, keepdim=True))
+    return delta
+
+
+def squared_loss(model: nn.Module, tokens: Tensor, rows: Rows, found: Callable, target: Callable) -> tuple[Tensor, ...]:
+    """|X - X'|^2 in V dimensions of two mean denoisers, mean over positions: loss (B,), tau_s (B,), duration (B,)."""
+    tau, white = rows.draw(tokens.shape[1], model.noise_dims, tokens.device)
+    tau_s, tau_t = journeys(rows, tau)
+    s, t = times(model.clock, tau_s, tau_t)
+    state = torch.lerp(model.noise(white), model.clean(tokens), s)
+    with torch.no_grad():
+        fixed = target(state, tau_s, tau_t)
+    error = (t - s) / (1 - s) * (found(state, tau_s, tau_t) - fixed)
+    return error.square().sum(-1).mean(1), tau_s, tau_t - tau_s
+
+
+def correction_loss(teacher: Transformer) -> Callable:
+    """two-stage, first: the correction obeys the semigroup in squared error, each tenth of tau_s weighted by what is learned
+    of its size, exp(-w) error + w."""
+    def loss(model: nn.Module, tokens: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        delta = corrected(model, teacher)
+        error, tau_s, duration = squared_loss(model, tokens, rows, delta, partial(semigroup, delta, None, model))
+        weight = model.log_weight[(tau_s * 10).long().clamp(max=9)]
+        return error * torch.exp(-weight) + weight, duration
+    return loss
+
+
+def regression_loss(correction: nn.Module, teacher: Transformer) -> Callable:
+    """two-stage, second: one network that gives probabilities is regressed on the map of both."""
+    def loss(model: nn.Module, tokens: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        error, _, duration = squared_loss(model, tokens, rows, mean_denoiser(model), corrected(correction, teacher))
+        return error, duration
+    return loss
+
+
+# -------------------------------------------------------------------------------------------------- 4. Command line
+
+
+@dataclass
+class Config(flm.Config):
+    """The settings of a distillation; the network's and, unless given, the training's are those of its flow."""
+
+    objective: str = setting("semigroup", "what the map is trained to obey", choices=(*TARGETS, "two-stage"))
+    teacher: str = setting("", "checkpoint of the flow that teaches; left out: the run's flm.pt; none: the text teaches a "
+                               "new network")
+    renoise: float = setting(0.0, "share of fresh noise in each step of --sample, from 0, the plain map, to 1", 0, 1)
+    max_steps: int = setting(0, "steps of training; 0: half of the flow's", 0)
+    lr: float = setting(0.0, "learning rate; 0: half of the flow's", 0)
+    beta2: float = setting(0.95, "AdamW's second beta", 0, 1)
+    dropout: float = setting(0.0, "on the residual branches", 0, 1)
+    run_dir: str = setting("runs/words", "folder of a finished run of flm.py")
+    sample_steps: int = setting(1, "network evaluations for a text", 1)
+
+
+OWN = Config.__annotations__.keys() | FREE  # the rest is the flow's
+MACHINES = {"bf16", "compile", "micro_batch_size", "loss_chunk"}  # the flow may have been trained on another one
+
+
+def command_line(argv: list[str]) -> tuple[dict, set[str]]:
+    """The settings of a command line, a dict of Config's fields, and the names of the flags that were given."""
+    network = {f.name for f in fields(flm.Network)} - OWN
+
+    def defaults(f: Field) -> str | None:
+        if f.name in OWN | MACHINES:
+            return "" if f.default is None else f"{f.default}"
+        return None if f.name in network else "the flow's"
+    given = parse(argv, Config, __doc__, defaults)
+    settings = asdict(Config()) | given
+    validate(settings, Config)
+    return settings, set(given)
+
+
+def load_flow(path: Path) -> Transformer:
+    """The frozen flow of a checkpoint. Raises UserError for a missing or unfit file, or another kind's."""
+    model = flm.load(path)
+    if model.kind != "flm":
+        raise UserError(f"{path}: holds a {model.kind}, not a flow; give the flm.pt of a run of flm.py")
+    return model.requires_grad_(False)
+
+
+def check_teacher(path: str, teacher: Transformer, flow: Transformer) -> None:
+    """Raises UserError unless the teacher reads the states that the run's flow reads."""
+    if teacher.tokenizer.checksum != flow.tokenizer.checksum:
+        raise UserError(f"--teacher {path}: has another vocabulary than the run's flow; give a flow of the same text")
+    for name in ("parameterization", "seq_len"):
+        theirs, ours = (getattr(model.config, name) for model in (teacher, flow))
+        if theirs != ours:
+            raise UserError(f"--teacher {path}: its {flag(name)} is {theirs}, the run's flow has {ours}; train it alike")
+    if flow.linear and not torch.equal(teacher.embedding, flow.embedding):
+        raise UserError(f"--teacher {path}: has another input embedding; a linear flow can only teach its own map")
+
+
+def student(network: type, config: flm.Config, flow: Transformer, kind: str, new: bool) -> Transformer:
+    """The network to train: the flow, with a second time, or a new one of its shape."""
+    model = flm.build(config, flow.tokenizer, flow.log_p, kind, network).requires_grad_(True)
+    if not new:
+        model.load_state_dict(flow.state_dict(), strict=False)  # all but what is Correction's own
+        model.embedding.requires_grad_(not flow.linear)  # E is the coordinate system of the teacher's states
+    if isinstance(model, Correction):
+        model.start_at_zero()
+    return model
+
+
+def main(argv: list[str]) -> None:
+    settings, given = command_line(argv)
+    folder = Path(settings["run_dir"])
+    if settings["sample"]:
+        return flm.write_samples(Config(**settings), "fmlm", partial(sample, renoise=settings["renoise"]))
+    device = setup(settings["device"], settings["threads"])
+    flow = load_flow(folder / "flm.pt")
+    begun = read_settings(folder, "flm", flm.Config)
+    settings |= {name: value for name, value in begun.items() if name not in OWN | MACHINES | given}
+    settings["max_steps"] = settings["max_steps"] or -(-begun["max_steps"] // 2)
+    settings["lr"] = settings["lr"] or begun["lr"] / 2
+    config = Config(**open_folder(settings, given, "fmlm", Config))
+    flm.check(config)
+    teacher = flow if config.teacher == "" else None if config.teacher == "none" else load_flow(Path(config.teacher))
+    if teacher:
+        check_teacher(config.teacher, teacher, flow)
+    elif config.objective == "two-stage":
+        raise UserError("--objective two-stage: corrects a teacher; leave out --teacher none")
+    training = flm.Config(**{f.name: getattr(config, f.name) for f in fields(flm.Config)})
+    training.compile = config.compile and config.objective not in ("lagrangian", "eulerian")  # jvp runs uncompiled
+    corpus = flm.corpus_for(training, device)
+    if corpus.tokenizer.checksum != flow.tokenizer.checksum:
+        raise UserError(f"--dataset {config.dataset}: is no longer the text that the flow in {folder} was trained on")
+    for network in {flow, teacher} - {None}:
+        network.to(device).config.bf16 = training.bf16
+    if rank() == 0 and not config.resume:
+        clear(folder, "fmlm", "correction")
+        write_settings(config, "fmlm")
+    say(f"{folder}: {config.objective} distillation, {config.max_steps} steps of {config.batch_size} x {config.seq_len} "
+        f"tokens; {flow.config.parameterization} network, {'bfloat16' if training.bf16 else 'float32'} on {device}, "
+        f"{world()} x {torch.get_num_threads()} threads")
+
+    if config.objective == "two-stage":
+        half = replace(training, max_steps=-(-config.max_steps // 2))
+        half.resume = config.resume and (folder / "correction.pt").exists()
+        correction = student(Correction, half, flow, "correction", new=False).to(device)
+        flm.train(correction, correction_loss(teacher), corpus, half, "correction",
+                  lambda model, n, steps, seed: sample(model, n, 1, seed, delta=corrected(model, teacher)))
+        if 0 < config.stop_after <= half.max_steps:
+            return
+        training = replace(training, max_steps=config.max_steps - half.max_steps,
+                           stop_after=max(0, config.stop_after - half.max_steps),
+                           resume=config.resume and (folder / "fmlm.pt").exists())
+        loss = regression_loss(correction.requires_grad_(False), teacher)
+    else:
+        loss = map_loss(config.objective, teacher)
+    model = student(Transformer, training, flow, "fmlm", new=teacher is None).to(device)
+    flm.train(model, loss, corpus, training, "fmlm", lambda model, n, steps, seed: sample(model, n, 1, seed))
+    if rank() == 0 and not 0 < training.stop_after < training.max_steps:
+        texts = [("64 steps of the flow", flm.sample(teacher, 8, 64, config.seed))] if teacher else []
+        for steps in (1, 2, 4):
+            texts.append((f"{steps} step{'s' * (steps > 1)} of the map", sample(model, 8, steps, config.seed)))
+        for name, tokens in texts:
+            print(f"{name}:", "  ".join(flm.to_lines(model, tokens)), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main))
