@@ -156,17 +156,21 @@ TARGETS = {"semigroup": semigroup, "lagrangian": lagrangian, "eulerian": euleria
 # ------------------------------------------------------------------------------------------------------ 3. Losses
 
 
-def journeys(rows: Rows, tau: Tensor, last: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Where each row's journey starts and ends, tau_s and tau_t (B,), from its stratified draw tau (B,).
+def set_out(model: nn.Module, tokens: Tensor, rows: Rows, last: float = 1.0, stay: slice = slice(0)) -> tuple[Tensor, ...]:
+    """A journey for each row of tokens (B, L): the state at its start, and its times tau_s and tau_t (B,).
 
-    The duration is even over (0, 1), one journey in 32 being the whole; the start is even over what that leaves, by
-    multiples of the golden section, which fill it as evenly as strata do. `last` scales both.
+    The duration is even over (0, 1) and stratified, one journey in 32 being the whole; the start is even over what that
+    leaves, by multiples of the golden section, which fill it as evenly as strata do. `last` scales both. Rows in `stay` only
+    stand at a time. An evaluation asks for one duration.
     """
+    tau, white = rows.draw(tokens.shape[1], model.noise_dims, tokens.device)
     duration = (tau * 32 / 31).clamp(max=1) if rows.tau is None else tau
     index = torch.arange(rows.index.start, rows.index.stop, device=tau.device, dtype=torch.float64)
-    place = (index * (math.sqrt(5) - 1) / 2 + flm.mix(rows.seed, rows.step) / 2**32).remainder(1)
-    tau_s = (1 - duration) * place.float()
-    return last * tau_s, last * (tau_s + duration)
+    place = (index * (math.sqrt(5) - 1) / 2 + flm.mix(rows.seed, rows.step) / 2**32).remainder(1).float()
+    tau_s = last * (1 - duration) * place
+    tau_t = tau_s + last * duration
+    tau_s[stay] = tau_t[stay] = tau[stay]
+    return torch.lerp(model.noise(white), model.clean(tokens), *times(model.clock, tau_s)), tau_s, tau_t
 
 
 def map_loss(objective: str, teacher: Transformer | None) -> Callable:
@@ -177,13 +181,9 @@ def map_loss(objective: str, teacher: Transformer | None) -> Callable:
     tokens, which keep theirs). The times returned are durations, tau_t - tau_s.
     """
     def loss(model: nn.Module, tokens: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        tau, white = rows.draw(tokens.shape[1], model.noise_dims, tokens.device)
-        tau_s, tau_t = journeys(rows, tau, last=0.99 if objective == "eulerian" else 1.0)
-        stay, go = slice(rows.index.start % 2, None, 2), slice(1 - rows.index.start % 2, None, 2)
-        if rows.tau is not None:  # an evaluation asks for one duration
-            stay, go = slice(0), slice(None)
-        tau_s[stay] = tau_t[stay] = tau[stay]
-        state = torch.lerp(model.noise(white), model.clean(tokens), *times(model.clock, tau_s))
+        odd = rows.index.start % 2
+        stay, go = (slice(odd, None, 2), slice(1 - odd, None, 2)) if rows.tau is None else (slice(0), slice(None))
+        state, tau_s, tau_t = set_out(model, tokens, rows, 0.99 if objective == "eulerian" else 1.0, stay)
 
         def denoiser(state: Tensor, tau: Tensor) -> Tensor:
             return (teacher(state, tau) if teacher else model(state, tau, tau)).softmax(-1)
@@ -232,12 +232,10 @@ def corrected(correction: nn.Module, teacher: nn.Module) -> Delta:
 
 def squared_loss(model: nn.Module, tokens: Tensor, rows: Rows, found: Callable, target: Callable) -> tuple[Tensor, ...]:
     """|X - X'|^2 in V dimensions of two mean denoisers, mean over positions: loss (B,), tau_s (B,), duration (B,)."""
-    tau, white = rows.draw(tokens.shape[1], model.noise_dims, tokens.device)
-    tau_s, tau_t = journeys(rows, tau)
-    s, t = times(model.clock, tau_s, tau_t)
-    state = torch.lerp(model.noise(white), model.clean(tokens), s)
+    state, tau_s, tau_t = set_out(model, tokens, rows)
     with torch.no_grad():
         fixed = target(state, tau_s, tau_t)
+    s, t = times(model.clock, tau_s, tau_t)
     error = (t - s) / (1 - s) * (found(state, tau_s, tau_t) - fixed)
     return error.square().sum(-1).mean(1), tau_s, tau_t - tau_s
 
@@ -352,13 +350,16 @@ def main(argv: list[str]) -> None:
     corpus = flm.corpus_for(training, device)
     if corpus.tokenizer.checksum != flow.tokenizer.checksum:
         raise UserError(f"--dataset {config.dataset}: is no longer the text that the flow in {folder} was trained on")
+    config.bf16 = training.bf16
     for network in {flow, teacher} - {None}:
-        network.to(device).config.bf16 = training.bf16
+        network.to(device).config.bf16 = config.bf16
+    if teacher and training.compile and device.type == "cuda":
+        teacher.compile()
     if rank() == 0 and not config.resume:
         clear(folder, "fmlm", "correction")
         write_settings(config, "fmlm")
     say(f"{folder}: {config.objective} distillation, {config.max_steps} steps of {config.batch_size} x {config.seq_len} "
-        f"tokens; {flow.config.parameterization} network, {'bfloat16' if training.bf16 else 'float32'} on {device}, "
+        f"tokens; {flow.config.parameterization} network, {'bfloat16' if config.bf16 else 'float32'} on {device}, "
         f"{world()} x {torch.get_num_threads()} threads")
 
     if config.objective == "two-stage":

@@ -1,13 +1,12 @@
-"""Judges samples: perplexity under an n-gram model of the training text, entropy, variety.
+"""Judges samples: perplexity under an n-gram model of the training text, entropy, variety, and likeness to the flow.
 
     python evaluate.py --run-dir runs/words
 
 The judge reads a text up to its first end token. Low perplexity with low entropy is collapse: never quote one without the
-other.
+other. "as flow" is the share of tokens that equal those of the flow's 256-step text from the same noise.
 """
 
 import argparse
-import json
 import math
 import sys
 from collections import Counter, defaultdict
@@ -17,9 +16,10 @@ from pathlib import Path
 
 import torch
 
+import distill
 import flm
 from data import UserError
-from run import Parser, guard, setup
+from run import Parser, guard, read_settings, setup
 
 
 class NGram:
@@ -79,6 +79,15 @@ def unigram_entropy(texts: Sequence[Sequence[int]]) -> float:
     return sum(-sum(c / len(text) * math.log(c / len(text)) for c in Counter(text).values()) for text in texts) / len(texts)
 
 
+def likeness(a: Sequence[Sequence[int]], b: Sequence[Sequence[int]], end: int, padded: bool) -> float:
+    """Share of equal tokens in two lists of rows, of padded ones where either text is unfinished or ends."""
+    pairs = []
+    for x, y in zip(a, b):
+        n = max(len(until_end(x, end)), len(until_end(y, end))) if padded else len(x)
+        pairs += zip(x[:n], y[:n])
+    return sum(x == y for x, y in pairs) / len(pairs)
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--run-dir", default="runs/words", help="folder of a finished run")
@@ -93,8 +102,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    model = flm.load(Path(args.run_dir) / "flm.pt", setup(args.device, 0))
-    settings = json.loads((Path(args.run_dir) / "config.json").read_text())  # the checkpoint does not keep the path
+    folder, n = Path(args.run_dir), args.num_samples
+    model = flm.load(folder / "flm.pt", setup(args.device, 0))
+    settings = read_settings(folder, "flm", flm.Config)  # the checkpoint does not keep the path of its text
     corpus = flm.corpus_of(replace(model.config, dataset=settings["dataset"]))
     bayes = flm.Transformer(replace(model.config, parameterization="posterior", depth=0), model.V, corpus.log_p)
     torch.nn.init.zeros_(bayes.head.weight)
@@ -106,15 +116,21 @@ def main(argv: list[str]) -> None:
     padded, end = not corpus.packing, corpus.tokenizer.end
     order = 5 if corpus.tokenizer.kind == "chars" else 3
     judge = NGram([until_end(row, end) if padded else row for row in train], model.V, order)
+    reference = flm.sample(model, n, 256, args.seed).tolist()
 
-    def line(name: str, texts: list[list[int]]) -> None:
-        texts = [until_end(text, end) if padded else text for text in texts]
+    def line(name: str, rows: list[list[int]], same: bool = True) -> None:
+        texts = [until_end(row, end) if padded else row for row in rows]
         print(f"{name:12}{judge.perplexity(texts, end):12.2f}{unigram_entropy(texts):12.3f}"
-              f"{len(set(map(tuple, texts))) / len(texts):12.3f}", flush=True)
-    print(f"{'':12}{'perplexity':>12}{'entropy':>12}{'distinct':>12}   ({args.num_samples} samples, {order}-gram judge)")
-    line("held out", heldout[: args.num_samples])
+              f"{len(set(map(tuple, texts))) / len(texts):12.3f}"
+              + f"{likeness(rows, reference, end, padded):12.3f}" * same, flush=True)
+    print(f"{'':12}{'perplexity':>12}{'entropy':>12}{'distinct':>12}{'as flow':>12}   ({n} samples, {order}-gram judge)")
+    line("held out", heldout[:n], same=False)
     for steps in (1, 4, 16, 64):
-        line(f"{steps} steps", flm.sample(model, args.num_samples, steps, args.seed).tolist())
+        line(f"flow {steps}", flm.sample(model, n, steps, args.seed).tolist())
+    if (folder / "fmlm.pt").exists():
+        model = flm.load(folder / "fmlm.pt", model.device)
+        for steps in (1, 2, 4):
+            line(f"map {steps}", distill.sample(model, n, steps, args.seed).tolist())
 
 
 if __name__ == "__main__":
