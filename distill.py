@@ -159,12 +159,12 @@ TARGETS = {"semigroup": semigroup, "lagrangian": lagrangian, "eulerian": euleria
 def set_out(model: nn.Module, tokens: Tensor, rows: Rows, last: float = 1.0, stay: slice = slice(0)) -> tuple[Tensor, ...]:
     """A journey for each row of tokens (B, L): the state at its start, and its times tau_s and tau_t (B,).
 
-    The duration is even over (0, 1) and stratified, one journey in 32 being the whole; the start is even over what that
+    The duration is even over (0, 1) and stratified, one journey in 16 being the whole; the start is even over what that
     leaves, by multiples of the golden section, which fill it as evenly as strata do. `last` scales both. Rows in `stay` only
     stand at a time. An evaluation asks for one duration.
     """
     tau, white = rows.draw(tokens.shape[1], model.noise_dims, tokens.device)
-    duration = (tau * 32 / 31).clamp(max=1) if rows.tau is None else tau
+    duration = (tau * 16 / 15).clamp(max=1) if rows.tau is None else tau
     index = torch.arange(rows.index.start, rows.index.stop, device=tau.device, dtype=torch.float64)
     place = (index * (math.sqrt(5) - 1) / 2 + flm.mix(rows.seed, rows.step) / 2**32).remainder(1).float()
     tau_s = last * (1 - duration) * place
@@ -264,14 +264,12 @@ def regression_loss(correction: nn.Module, teacher: Transformer) -> Callable:
 
 @dataclass
 class Config(flm.Config):
-    """The settings of a distillation; the network's and, unless given, the training's are those of its flow."""
+    """The settings of a distillation. All that is not named here or given is its flow's."""
 
     objective: str = setting("semigroup", "what the map is trained to obey", choices=(*TARGETS, "two-stage"))
     teacher: str = setting("", "checkpoint of the flow that teaches; left out: the run's flm.pt; none: the text teaches a "
                                "new network")
     renoise: float = setting(0.0, "share of fresh noise in each step of --sample, from 0, the plain map, to 1", 0, 1)
-    max_steps: int = setting(0, "steps of training; 0: half of the flow's", 0)
-    lr: float = setting(0.0, "learning rate; 0: half of the flow's", 0)
     beta2: float = setting(0.95, "AdamW's second beta", 0, 1)
     dropout: float = setting(0.0, "on the residual branches", 0, 1)
     run_dir: str = setting("runs/words", "folder of a finished run of flm.py")
@@ -279,6 +277,7 @@ class Config(flm.Config):
 
 
 OWN = Config.__annotations__.keys() | FREE  # the rest is the flow's
+PRESETS = {"words": dict(max_steps=800)}  # half of the flow's, for 5 minutes on two slow cores
 MACHINES = {"bf16", "compile", "micro_batch_size", "loss_chunk"}  # the flow may have been trained on another one
 
 
@@ -289,7 +288,8 @@ def command_line(argv: list[str]) -> tuple[dict, set[str]]:
     def defaults(f: Field) -> str | None:
         if f.name in OWN | MACHINES:
             return "" if f.default is None else f"{f.default}"
-        return None if f.name in network else "the flow's"
+        return None if f.name in network else "; ".join(
+            ["the flow's"] + [f"{name}: {preset[f.name]}" for name, preset in PRESETS.items() if f.name in preset])
     given = parse(argv, Config, __doc__, defaults)
     settings = asdict(Config()) | given
     validate(settings, Config)
@@ -335,9 +335,8 @@ def main(argv: list[str]) -> None:
     device = setup(settings["device"], settings["threads"])
     flow = load_flow(folder / "flm.pt")
     begun = read_settings(folder, "flm", flm.Config)
-    settings |= {name: value for name, value in begun.items() if name not in OWN | MACHINES | given}
-    settings["max_steps"] = settings["max_steps"] or -(-begun["max_steps"] // 2)
-    settings["lr"] = settings["lr"] or begun["lr"] / 2
+    flows = begun | PRESETS.get(begun["dataset"], {})
+    settings |= {name: value for name, value in flows.items() if name not in OWN | MACHINES | given}
     config = Config(**open_folder(settings, given, "fmlm", Config))
     flm.check(config)
     teacher = flow if config.teacher == "" else None if config.teacher == "none" else load_flow(Path(config.teacher))
