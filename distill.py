@@ -159,12 +159,12 @@ TARGETS = {"semigroup": semigroup, "lagrangian": lagrangian, "eulerian": euleria
 def set_out(model: nn.Module, tokens: Tensor, rows: Rows, last: float = 1.0, stay: slice = slice(0)) -> tuple[Tensor, ...]:
     """A journey for each row of tokens (B, L): the state at its start, and its times tau_s and tau_t (B,).
 
-    The duration is even over (0, 1) and stratified, one journey in 16 being the whole; the start is even over what that
+    The duration is even over (0, 1) and stratified, one journey in 32 being the whole; the start is even over what that
     leaves, by multiples of the golden section, which fill it as evenly as strata do. `last` scales both. Rows in `stay` only
     stand at a time. An evaluation asks for one duration.
     """
     tau, white = rows.draw(tokens.shape[1], model.noise_dims, tokens.device)
-    duration = (tau * 16 / 15).clamp(max=1) if rows.tau is None else tau
+    duration = (tau * 32 / 31).clamp(max=1) if rows.tau is None else tau
     index = torch.arange(rows.index.start, rows.index.stop, device=tau.device, dtype=torch.float64)
     place = (index * (math.sqrt(5) - 1) / 2 + flm.mix(rows.seed, rows.step) / 2**32).remainder(1).float()
     tau_s = last * (1 - duration) * place
@@ -277,7 +277,7 @@ class Config(flm.Config):
 
 
 OWN = Config.__annotations__.keys() | FREE  # the rest is the flow's
-PRESETS = {"words": dict(max_steps=800)}  # half of the flow's, for 5 minutes on two slow cores
+PRESETS = {"words": dict(max_steps=1000)}  # for 5 minutes on two slow cores
 MACHINES = {"bf16", "compile", "micro_batch_size", "loss_chunk"}  # the flow may have been trained on another one
 
 
@@ -378,11 +378,10 @@ def main(argv: list[str]) -> None:
     model = student(Transformer, training, flow, "fmlm", new=teacher is None).to(device)
     flm.train(model, loss, corpus, training, "fmlm", lambda model, n, steps, seed: sample(model, n, 1, seed))
     if rank() == 0 and not 0 < training.stop_after < training.max_steps:
-        texts = [("64 steps of the flow", flm.sample(teacher, 8, 64, config.seed))] if teacher else []
+        if teacher:
+            flm.show("64 steps of the flow", model, flm.sample(teacher, 8, 64, config.seed))
         for steps in (1, 2, 4):
-            texts.append((f"{steps} step{'s' * (steps > 1)} of the map", sample(model, 8, steps, config.seed)))
-        for name, tokens in texts:
-            print(f"{name}:", "  ".join(flm.to_lines(model, tokens)), flush=True)
+            flm.show(f"{steps} step{'s' * (steps > 1)} of the map", model, sample(model, 8, steps, config.seed))
 
 
 if __name__ == "__main__":

@@ -735,6 +735,12 @@ def to_lines(model: Transformer, tokens: Tensor) -> list[str]:
     return lines
 
 
+def show(name: str, model: Transformer, tokens: Tensor) -> None:
+    """Prints texts (n, L) behind their name, packed ones on lines of their own."""
+    between = "\n    " if model.config.packing else "  "
+    print(between.join([f"{name}:", *to_lines(model, tokens)]), flush=True)
+
+
 def write_samples(config: Config, kind: str, sample: Callable) -> None:
     """--sample: texts of the run's K.pt, one a line, to --out or standard output."""
     model = load(Path(config.run_dir) / f"{kind}.pt", setup(config.device, config.threads))
@@ -782,7 +788,7 @@ def main(argv: list[str]) -> None:
     train(model, flow_loss, corpus, config, "flm", sample)
     if rank() == 0 and not 0 < config.stop_after < config.max_steps:
         for steps in (1, 4, 16, 64):
-            print(f"{steps} steps:", "  ".join(to_lines(model, sample(model, 8, steps, config.seed))), flush=True)
+            show(f"{steps} step{'s' * (steps > 1)}", model, sample(model, 8, steps, config.seed))
 
 
 if __name__ == "__main__":
