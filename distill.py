@@ -19,14 +19,15 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flm
-from data import UserError
+from data import EMBEDDED, UserError
 from flm import Clock, Rows, Transformer
-from run import (FREE, clear, flag, guard, open_folder, parse, rank, read_settings, say, setting, setup, validate, world,
-                 write_settings)
+from run import (FREE, clear, flag, guard, lasting, open_folder, parse, rank, read_settings, say, setting, setup, validate,
+                 world, write_settings)
 
 Delta = Callable[[Tensor, Tensor, Tensor], Tensor]  # (state, tau_s (B,), tau_t (B,)) -> delta_{s,t} (B, L, V)
 
@@ -34,6 +35,7 @@ Delta = Callable[[Tensor, Tensor, Tensor], Tensor]  # (state, tau_s (B,), tau_t 
 
 
 def mean_denoiser(model: nn.Module) -> Delta:
+    """delta_{s,t} as the two-time network gives it."""
     return lambda state, tau_s, tau_t: model(state, tau_s, tau_t).softmax(-1)
 
 
@@ -70,10 +72,11 @@ def few_steps(delta: Delta, model: nn.Module, state: Tensor, steps: int, renoise
         t_far = 1 - (1 - t_next) * math.sqrt(1 - renoise**2)
         tau_s, tau_far = (x.expand(len(state)) for x in (tau, model.clock.tau(t_far)))
         probs = delta(state, tau_s, tau_far)
-        if step + 1 < steps:
+        state = move(model, state, probs, tau_s, tau_far)
+        if renoise and step + 1 < steps:
             shrink = t_next / t_far  # x_t~ has t~ of the token and 1 - t~ of the noise
             fresh = ((1 - t_next) ** 2 - (shrink * (1 - t_far)) ** 2).clamp(min=0).sqrt()
-            state = shrink * move(model, state, probs, tau_s, tau_far) + fresh * noise(step)
+            state = shrink * state + fresh * noise(step)
     return probs
 
 
@@ -90,7 +93,8 @@ def sample(model: Transformer, n: int, steps: int, seed: int, renoise: float = 0
 
 # -------------------------------------------------------------------------------------------------- 2. Objectives
 # Each names what delta_{s,t} must equal if X is the flow of `denoiser`, whose D_t is delta_{t,t}: a target for the network,
-# from its own delta, that is held fixed. All have the same solution; they differ in what stands between a network and it.
+# (B, L, V) from its own delta, that is held fixed. All have the same solution; they differ in what stands between a network
+# and it.
 
 
 def semigroup(delta: Delta, denoiser: Callable, model: nn.Module, state: Tensor, tau_s: Tensor, tau_t: Tensor) -> Tensor:
@@ -115,7 +119,8 @@ def lagrangian(delta: Delta, denoiser: Callable, model: nn.Module, state: Tensor
     delta_{s,t}(x) = D_t(X_{s,t}(x)) - (1-t)(t-s)/(1-s) d/dt delta_{s,t}(x).
 
     Unstable where the network's slope in t is large and wrong, early in training and for long journeys: what the subtraction
-    leaves below zero is cut off, which biases the rest. At t = 1 the slope has no weight.
+    leaves below zero is cut off, which biases the rest. At t = 1 it is empty, since D_1(X) = X whatever X is, and training
+    there collapses to one text: use it up to tau_t = .99 only.
     """
     s, t = times(model.clock, tau_s, tau_t)
     probs, slope = derivative(lambda t: delta(state, tau_s, model.clock.tau(t)), (t[:, 0, 0],), (torch.ones_like(tau_t),))
@@ -128,7 +133,7 @@ def eulerian(delta: Delta, denoiser: Callable, model: nn.Module, state: Tensor, 
 
     delta_{s,t}(x) = D_s(x) + (t-s)(1-s)/(1-t) d/ds delta_{s,t}(x_s).
 
-    Unstable towards t = 1, where the factor of the slope, taken through the network along V dimensions, has no bound: use it
+    Unstable towards t = 1, where the factor of the slope, taken through the network along V dimensions, has no bound: again
     up to tau_t = .99 only.
     """
     s, t = times(model.clock, tau_s, tau_t)
@@ -146,6 +151,7 @@ def derivative(f: Callable, at: tuple, along: tuple) -> tuple[Tensor, Tensor]:
 
 
 def to_simplex(target: Tensor) -> Tensor:
+    """A distribution from numbers that sum to 1: the negative ones cut off, the rest scaled."""
     positive = target.clamp(min=0)
     return positive / positive.sum(-1, keepdim=True)
 
@@ -156,44 +162,47 @@ TARGETS = {"semigroup": semigroup, "lagrangian": lagrangian, "eulerian": euleria
 # ------------------------------------------------------------------------------------------------------ 3. Losses
 
 
-def set_out(model: nn.Module, tokens: Tensor, rows: Rows, last: float = 1.0, stay: slice = slice(0)) -> tuple[Tensor, ...]:
-    """A journey for each row of tokens (B, L): the state at its start, and its times tau_s and tau_t (B,).
+WHOLE = 1 / 32  # share of the journeys that go from noise to data; more teach a map from its own faults
 
-    The duration is even over (0, 1) and stratified, one journey in 32 being the whole; the start is even over what that
-    leaves, by multiples of the golden section, which fill it as evenly as strata do. `last` scales both. Rows in `stay` only
-    stand at a time. An evaluation asks for one duration.
+
+def journeys(model: nn.Module, tokens: Tensor, rows: Rows, last: float = 1.0, stand: slice = slice(0)) -> tuple[Tensor, ...]:
+    """A journey for each row of tokens (B, L): the state at its start, tau_s, tau_t (B,), and the draw tau (B,).
+
+    tau, stratified or rows.tau, is the time of the rows in `stand`, which go nowhere, and the duration of the others, but
+    for the share WHOLE. The start is even over what the duration leaves, by multiples of the golden section, which fill it
+    as evenly as strata do. `last` scales start and end.
     """
     tau, white = rows.draw(tokens.shape[1], model.noise_dims, tokens.device)
-    duration = (tau * 32 / 31).clamp(max=1) if rows.tau is None else tau
-    index = torch.arange(rows.index.start, rows.index.stop, device=tau.device, dtype=torch.float64)
-    place = (index * (math.sqrt(5) - 1) / 2 + flm.mix(rows.seed, rows.step) / 2**32).remainder(1).float()
+    duration = (tau / (1 - WHOLE)).clamp(max=1) if rows.tau is None else tau
+    index = torch.arange(rows.index.start, rows.index.stop, device=tau.device)
+    place = (index * 2654435769 + flm.mix(rows.seed, rows.step)) % 2**32 / 2**32  # 2^32 / 1.618
     tau_s = last * (1 - duration) * place
     tau_t = tau_s + last * duration
-    tau_s[stay] = tau_t[stay] = tau[stay]
-    return torch.lerp(model.noise(white), model.clean(tokens), *times(model.clock, tau_s)), tau_s, tau_t
+    tau_s[stand] = tau_t[stand] = tau[stand]
+    return torch.lerp(model.noise(white), model.clean(tokens), *times(model.clock, tau_s)), tau_s, tau_t, tau
 
 
 def map_loss(objective: str, teacher: Transformer | None) -> Callable:
-    """The loss of --objective: even rows of the batch stay at one time, odd ones travel.
+    """The loss of --objective: even rows of the batch stand at one time, odd ones travel.
 
     Where t = s, delta_{t,t} is held to the teacher's D_t or, without a teacher, to the tokens; elsewhere to the target of
     the objective. Cross-entropy less the target's entropy: nats a position from the target, 0 for the true map (but for
-    tokens, which keep theirs). The times returned are durations, tau_t - tau_s.
+    tokens, which keep theirs). lagrangian and eulerian journeys end by tau = .99; a sample asks for 1, just beyond.
     """
     def loss(model: nn.Module, tokens: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         odd = rows.index.start % 2
-        stay, go = (slice(odd, None, 2), slice(1 - odd, None, 2)) if rows.tau is None else (slice(0), slice(None))
-        state, tau_s, tau_t = set_out(model, tokens, rows, 0.99 if objective == "eulerian" else 1.0, stay)
+        stand, go = slice(odd, None, 2), slice(1 - odd, None, 2)
+        state, tau_s, tau_t, tau = journeys(model, tokens, rows, 1.0 if objective == "semigroup" else 0.99, stand)
 
         def denoiser(state: Tensor, tau: Tensor) -> Tensor:
             return (teacher(state, tau) if teacher else model(state, tau, tau)).softmax(-1)
         with torch.no_grad():
             target = torch.zeros(*tokens.shape, model.V, device=tokens.device).scatter_(-1, tokens[..., None], 1.0)
             if teacher:
-                target[stay] = denoiser(state[stay], tau_s[stay])
+                target[stand] = denoiser(state[stand], tau_s[stand])
             target[go] = TARGETS[objective](mean_denoiser(model), denoiser, model, state[go], tau_s[go], tau_t[go])
             entropy = torch.special.entr(target).sum(-1)
-        return (model(state, tau_s, tau_t, targets=target) - entropy).mean(1), tau_t - tau_s
+        return (model(state, tau_s, tau_t, targets=target) - entropy).mean(1), tau
     return loss
 
 
@@ -216,7 +225,7 @@ class Correction(Transformer):
             self.gain.requires_grad_(False)  # Bayes' rule has no part in g
 
     def logits(self, x: Tensor, skip: Tensor | None) -> Tensor:
-        return super().logits(x, None)
+        return F.linear(x, self.head.weight, self.head.bias)  # no cap: g reaches hundreds
 
 
 def corrected(correction: nn.Module, teacher: nn.Module) -> Delta:
@@ -230,14 +239,15 @@ def corrected(correction: nn.Module, teacher: nn.Module) -> Delta:
     return delta
 
 
-def squared_loss(model: nn.Module, tokens: Tensor, rows: Rows, found: Callable, target: Callable) -> tuple[Tensor, ...]:
-    """|X - X'|^2 in V dimensions of two mean denoisers, mean over positions: loss (B,), tau_s (B,), duration (B,)."""
-    state, tau_s, tau_t = set_out(model, tokens, rows)
+def squared_loss(model: nn.Module, tokens: Tensor, rows: Rows, delta: Delta, target: Delta) -> tuple[Tensor, ...]:
+    """|X - X'|^2 over V dimensions, X and X' being the maps of delta and of the fixed target, mean over positions: the
+    error (B,), tau_s (B,), and the drawn tau (B,)."""
+    state, tau_s, tau_t, tau = journeys(model, tokens, rows)
     with torch.no_grad():
         fixed = target(state, tau_s, tau_t)
     s, t = times(model.clock, tau_s, tau_t)
-    error = (t - s) / (1 - s) * (found(state, tau_s, tau_t) - fixed)
-    return error.square().sum(-1).mean(1), tau_s, tau_t - tau_s
+    error = (t - s) / (1 - s) * (delta(state, tau_s, tau_t) - fixed)
+    return error.square().sum(-1).mean(1), tau_s, tau
 
 
 def correction_loss(teacher: Transformer) -> Callable:
@@ -245,17 +255,17 @@ def correction_loss(teacher: Transformer) -> Callable:
     of its size, exp(-w) error + w."""
     def loss(model: nn.Module, tokens: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         delta = corrected(model, teacher)
-        error, tau_s, duration = squared_loss(model, tokens, rows, delta, partial(semigroup, delta, None, model))
+        error, tau_s, tau = squared_loss(model, tokens, rows, delta, partial(semigroup, delta, None, model))
         weight = model.log_weight[(tau_s * 10).long().clamp(max=9)]
-        return error * torch.exp(-weight) + weight, duration
+        return error * torch.exp(-weight) + weight, tau
     return loss
 
 
 def regression_loss(correction: nn.Module, teacher: Transformer) -> Callable:
     """two-stage, second: one network that gives probabilities is regressed on the map of both."""
     def loss(model: nn.Module, tokens: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        error, _, duration = squared_loss(model, tokens, rows, mean_denoiser(model), corrected(correction, teacher))
-        return error, duration
+        error, _, tau = squared_loss(model, tokens, rows, mean_denoiser(model), corrected(correction, teacher))
+        return error, tau
     return loss
 
 
@@ -269,7 +279,7 @@ class Config(flm.Config):
     objective: str = setting("semigroup", "what the map is trained to obey", choices=(*TARGETS, "two-stage"))
     teacher: str = setting("", "checkpoint of the flow that teaches; left out: the run's flm.pt; none: the text teaches a "
                                "new network")
-    renoise: float = setting(0.0, "share of fresh noise in each step of --sample, from 0, the plain map, to 1", 0, 1)
+    renoise: float = setting(0.0, "share of fresh noise between the steps of --sample: 0, the plain map, to 1, all", 0, 1)
     beta2: float = setting(0.95, "AdamW's second beta", 0, 1)
     dropout: float = setting(0.0, "on the residual branches", 0, 1)
     run_dir: str = setting("runs/words", "folder of a finished run of flm.py")
@@ -277,18 +287,18 @@ class Config(flm.Config):
 
 
 OWN = Config.__annotations__.keys() | FREE  # the rest is the flow's
-PRESETS = {"words": dict(max_steps=1000)}  # for 5 minutes on two slow cores
+PRESETS = {"words": dict(max_steps=1000, lr=3e-3)}  # for 5 minutes on two slow cores
 MACHINES = {"bf16", "compile", "micro_batch_size", "loss_chunk"}  # the flow may have been trained on another one
 
 
 def command_line(argv: list[str]) -> tuple[dict, set[str]]:
     """The settings of a command line, a dict of Config's fields, and the names of the flags that were given."""
-    network = {f.name for f in fields(flm.Network)} - OWN
+    fixed = {f.name for f in fields(flm.Network)} - OWN  # these are no flags
 
     def defaults(f: Field) -> str | None:
         if f.name in OWN | MACHINES:
             return "" if f.default is None else f"{f.default}"
-        return None if f.name in network else "; ".join(
+        return None if f.name in fixed else "; ".join(
             ["the flow's"] + [f"{name}: {preset[f.name]}" for name, preset in PRESETS.items() if f.name in preset])
     given = parse(argv, Config, __doc__, defaults)
     settings = asdict(Config()) | given
@@ -301,6 +311,8 @@ def load_flow(path: Path) -> Transformer:
     model = flm.load(path)
     if model.kind != "flm":
         raise UserError(f"{path}: holds a {model.kind}, not a flow; give the flm.pt of a run of flm.py")
+    if model.step < model.config.max_steps:
+        say(f"{path}: is not finished, it has {model.step} of its {model.config.max_steps} steps")
     return model.requires_grad_(False)
 
 
@@ -316,9 +328,9 @@ def check_teacher(path: str, teacher: Transformer, flow: Transformer) -> None:
         raise UserError(f"--teacher {path}: has another input embedding; a linear flow can only teach its own map")
 
 
-def student(network: type, config: flm.Config, flow: Transformer, kind: str, new: bool) -> Transformer:
+def student(make: type, config: flm.Config, flow: Transformer, kind: str, new: bool) -> Transformer:
     """The network to train: the flow, with a second time, or a new one of its shape."""
-    model = flm.build(config, flow.tokenizer, flow.log_p, kind, network).requires_grad_(True)
+    model = flm.build(config, flow.tokenizer, flow.log_p, kind, make).requires_grad_(True)
     if not new:
         model.load_state_dict(flow.state_dict(), strict=False)  # all but what is Correction's own
         model.embedding.requires_grad_(not flow.linear)  # E is the coordinate system of the teacher's states
@@ -334,9 +346,9 @@ def main(argv: list[str]) -> None:
         return flm.write_samples(Config(**settings), "fmlm", partial(sample, renoise=settings["renoise"]))
     device = setup(settings["device"], settings["threads"])
     flow = load_flow(folder / "flm.pt")
-    begun = read_settings(folder, "flm", flm.Config)
-    flows = begun | PRESETS.get(begun["dataset"], {})
-    settings |= {name: value for name, value in flows.items() if name not in OWN | MACHINES | given}
+    dataset = read_settings(folder, "flm", flm.Config)["dataset"]  # its path; the checkpoint keeps all but that
+    inherited = lasting(flow.config) | {"dataset": dataset} | PRESETS.get(dataset, {})
+    settings |= {name: value for name, value in inherited.items() if name not in OWN | MACHINES | given}
     config = Config(**open_folder(settings, given, "fmlm", Config))
     flm.check(config)
     teacher = flow if config.teacher == "" else None if config.teacher == "none" else load_flow(Path(config.teacher))
@@ -344,14 +356,18 @@ def main(argv: list[str]) -> None:
         check_teacher(config.teacher, teacher, flow)
     elif config.objective == "two-stage":
         raise UserError("--objective two-stage: corrects a teacher; leave out --teacher none")
+    if config.objective == "two-stage" and config.max_steps < 2:
+        raise UserError("--max-steps 1: two stages need 2")
+    if dataset not in EMBEDDED and not Path(dataset).is_file():
+        raise UserError(f"{dataset}: not there, and the flow in {folder} was trained on it; run where it is, or put it back")
     training = flm.Config(**{f.name: getattr(config, f.name) for f in fields(flm.Config)})
     training.compile = config.compile and config.objective not in ("lagrangian", "eulerian")  # jvp runs uncompiled
     corpus = flm.corpus_for(training, device)
     if corpus.tokenizer.checksum != flow.tokenizer.checksum:
         raise UserError(f"--dataset {config.dataset}: is no longer the text that the flow in {folder} was trained on")
     config.bf16 = training.bf16
-    for network in {flow, teacher} - {None}:
-        network.to(device).config.bf16 = config.bf16
+    for frozen in {flow, teacher} - {None}:
+        frozen.to(device).config.bf16 = config.bf16
     if teacher and training.compile and device.type == "cuda":
         teacher.compile()
     if rank() == 0 and not config.resume:

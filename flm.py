@@ -601,7 +601,7 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
         del content
     last = max(first, min(config.max_steps, config.stop_after or config.max_steps))
     B, L, local = config.batch_size, config.seq_len, config.batch_size // world()
-    chunked = model.linear and config.loss_chunk and kind != "fmlm"  # no tensor is V-wide; the targets of a map are
+    chunked = model.linear and config.loss_chunk and kind == "flm"  # no tensor is V-wide; the targets of a map are
     most = 2**15 // L if chunked else min(2**15 // L, rows_at_once(model))
     micro = config.micro_batch_size or next(m for m in range(local, 0, -1) if local % m == 0 and (m <= most or m == 1))
     if config.compile and device.type == "cuda":
@@ -660,7 +660,7 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
                 by_tau = held_out_loss(model, loss, corpus, config.eval_rows if done < config.max_steps else sys.maxsize)
                 texts = to_lines(model, sample(model, 4, 16, config.seed))
             log.write(step=done, heldout=sum(by_tau) / 10, heldout_by_tau=by_tau, samples=texts)
-            say(f"step {done}: held-out loss {sum(by_tau) / 10:.4f} nats a position, by tenth of {log.time} "
+            say(f"step {done}: held-out loss {sum(by_tau) / 10:.4f} a position, by tenth of tau "
                 + " ".join(f"{x:.3f}" for x in by_tau) + "".join(f"\n    {text}" for text in texts))
         if (evaluate or done == last) and rank() == 0:
             write_checkpoint(folder / f"{kind}.pt", dict(
@@ -705,7 +705,8 @@ def corpus_for(config: Config, device: torch.device) -> data.Corpus:
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Transformer:
-    """The network of a checkpoint runs/NAME/K.pt with its average weights, ready to write, .tokenizer and .config with it.
+    """The network of a checkpoint runs/NAME/K.pt with its average weights, ready to write; also .kind, .tokenizer, .config
+    and .step, the steps it was trained.
 
     Needs no more than the run folder. Raises UserError for a missing, damaged or foreign file.
     """
@@ -718,6 +719,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Transformer:
         model = build(Config(**content["config"]), tokenizer, content["log_p"], content["kind"])
         for p, average in zip(model.parameters(), content["ema"], strict=True):
             p.data.copy_(average)
+        model.step = content["step"]
     except (TypeError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{path}: does not fit this program ({first_line(error)})") from None
     model.config.bf16 = model.config.bf16 and bf16_is_faster(torch.device(device))

@@ -189,8 +189,7 @@ def read_checkpoint(path: Path) -> dict:
     Raises UserError for a missing, damaged or foreign file.
     """
     if not path.is_file():
-        program = "distill.py" if path.stem == "fmlm" else "flm.py"
-        raise UserError(f"{path}: no such checkpoint; train one first: python {program} --run-dir {path.parent}")
+        raise UserError(f"{path}: no such checkpoint; train one first: {program(path.stem)} --run-dir {path.parent}")
     try:
         with zipfile.ZipFile(path) as records:
             if (bad := records.testzip()) is not None:
@@ -203,6 +202,11 @@ def read_checkpoint(path: Path) -> dict:
         spare = path.with_suffix(".prev.pt")
         mend = f"{spare} is the one before it: rename that" if spare.exists() else "train again with --overwrite"
         raise UserError(f"{path}: not a whole checkpoint ({first_line(error)}); {mend}") from None
+
+
+def program(kind: str) -> str:
+    """The command that trains a K = `kind`."""
+    return "python distill.py" if kind in ("fmlm", "correction") else "python flm.py"
 
 
 def first_line(error: Exception) -> str:
@@ -242,7 +246,8 @@ def read_settings(folder: Path, kind: str, Config: type) -> dict:
         validate(asdict(Config()) | stored, Config)
         return stored
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file, so no run to go on with; start one without --resume") from None
+        raise UserError(f"{path}: no such file, so no run to go on with; train one: {program(kind)} "
+                        f"--run-dir {folder}") from None
     except (OSError, ValueError, UserError) as error:
         raise UserError(f"{path}: not the settings of a run ({first_line(error)}); --overwrite trains anew") from None
 
@@ -289,7 +294,6 @@ class Log:
 
     def __init__(self, folder: Path, kind: str, step: int):
         self.path, self.samples, self.lines = folder / f"{kind}.log.jsonl", folder / f"{kind}.samples.txt", []
-        self.time = "tau_t - tau_s" if kind in ("fmlm", "correction") else "tau"
         if rank() == 0:
             old = self.path.read_text(encoding="utf-8").splitlines() if step and self.path.exists() else []
             for path in (self.path, self.samples):
@@ -319,9 +323,9 @@ class Log:
         left, right = figure.subplots(1, 2)
         for name in ("loss", "heldout"):
             left.plot(*zip(*((line["step"], line[name]) for line in self.lines if name in line)), label=name)
-        left.set(xlabel="step", ylabel="nats a position")
+        left.set(xlabel="step", ylabel="loss a position")
         left.legend()
         last = [line["heldout_by_tau"] for line in self.lines if "heldout" in line][-1]
         right.bar([k / 10 + 0.05 for k in range(10)], last, width=0.09)
-        right.set(xlabel=self.time, ylabel="held-out nats a position")
+        right.set(xlabel="tau", ylabel="held-out loss a position")
         figure.savefig(path)

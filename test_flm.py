@@ -392,7 +392,7 @@ def test_the_true_map_leaves_every_objective_without_a_gradient(kind):
     teacher = ExactFlow(kind)
     for objective in distill.TARGETS:
         exact = gradient_at(distill.map_loss(objective, teacher), ExactFlow(kind, rows=512)).abs().amax((1, 2))
-        assert (exact > 2e-5).sum() <= 1, (objective, exact.max())
+        assert (exact > 1e-5).sum() <= 1, (objective, exact.max())
         coarse = gradient_at(distill.map_loss(objective, teacher), ExactFlow(kind, rows=512, coarse=True)).abs().amax((1, 2))
         assert (coarse > 0.01).sum() > 100, objective
 
@@ -415,11 +415,22 @@ def test_the_true_map_leaves_both_stages_without_a_gradient(kind):
     """Truth 8 for two-stage: its corrected step with the exact g is the exact delta, so both squared errors and their
     gradients are rounding (see above; the factor (t-s)(1-s)/2 of g is below 1); zero g, one Euler step, is not."""
     teacher, right = ExactFlow(kind), ExactCorrection(kind, rows=512)
-    assert gradient_at(distill.correction_loss(teacher), right).abs().max() < 2e-5
-    assert gradient_at(distill.regression_loss(ExactCorrection(kind), teacher), ExactFlow(kind, rows=512)).abs().max() < 2e-5
+    assert gradient_at(distill.correction_loss(teacher), right).abs().max() < 1e-5
+    assert gradient_at(distill.regression_loss(ExactCorrection(kind), teacher), ExactFlow(kind, rows=512)).abs().max() < 1e-5
     wrong = ExactCorrection(kind, rows=512)
     wrong.forward = lambda state, tau_s, tau_t: torch.zeros(1) + (wrong.theta if torch.is_grad_enabled() else 0)
-    assert (gradient_at(distill.correction_loss(teacher), wrong).abs().amax((1, 2)) > 1e-3).sum() > 100
+    coarse = gradient_at(distill.regression_loss(right, teacher), ExactFlow(kind, rows=512, coarse=True))
+    for gradient in (gradient_at(distill.correction_loss(teacher), wrong), coarse):
+        assert (gradient.abs().amax((1, 2)) > 1e-3).sum() > 100
+
+
+def test_a_correction_reaches_what_no_capped_logit_does():
+    """g of the exact flow of 1024 tokens passes 100; a head's bias of 100 comes through."""
+    config = settings("--no-bf16 --depth 1 --heads 2 --width 8 --cond-width 8 --seq-len 2 --parameterization posterior")
+    model = distill.Correction(config, 7, torch.zeros(7))
+    torch.nn.init.zeros_(model.head.weight)
+    torch.nn.init.constant_(model.head.bias, 100.0)
+    assert torch.equal(model(torch.randn(1, 2, 7), torch.zeros(1), torch.ones(1)), torch.full((1, 2, 7), 100.0))
 
 
 def test_the_map_stands_still_at_its_own_time_and_ends_in_its_probabilities():
@@ -432,8 +443,8 @@ def test_the_map_stands_still_at_its_own_time_and_ends_in_its_probabilities():
 
 
 def test_the_map_begins_as_its_flow():
-    """Where t = s the second time is silent at first, k = c, and the gain has no weight: the flow's logits, to rounding of
-    logits up to 1e4 in float32. Farther on, the reading clock and the gain tell them apart."""
+    """Where t = s the second time is silent at first, k = c, and the gain has no weight: the flow's logits, to float32
+    rounding of logits up to 100 through two blocks. Farther on, the reading clock and the gain tell them apart."""
     flow = network(11, "--parameterization posterior --width 16 --seq-len 5")
     torch.nn.init.zeros_(flow.time_t.mlp[2].weight)
     torch.nn.init.zeros_(flow.time_t.mlp[2].bias)
@@ -443,9 +454,8 @@ def test_the_map_begins_as_its_flow():
 
 
 def test_the_semigroup_weighs_its_halves_by_a_share_that_stays_between_0_and_1():
-    """With first halves of token 0 and second ones of token 1 the target is (w, 1 - w): w as in float64 up to float32
-    rounding of 1 - t, whose smallest is 1/4096 of a step of the clock's table: 1e-3; exactly 0 at t = 1, exactly a
-    distribution's sum."""
+    """With first halves of token 0 and second ones of token 1 the target is (w, 1 - w): w as in float64 but for a handful of
+    roundings of 6e-8, differences of nearby float32 times being exact; 0 at t = 1, 1/2 where t - s < 1e-6; its sum is 1."""
     clock = flm.Clock(27)
     tau_s = torch.linspace(0, 0.9999, 300)
     for share in (0.0, 1e-7, 1e-3, 0.3, 1.0):
@@ -459,28 +469,36 @@ def test_the_semigroup_weighs_its_halves_by_a_share_that_stays_between_0_and_1()
         w = target[:, 0, 0]
         assert (w >= 0).all() and (w <= 1).all() and torch.allclose(target.sum(-1), torch.ones(300, 1), atol=1e-6)
         s, u, t = (clock.t(tau).double() for tau in (tau_s, (tau_s + tau_t) / 2, tau_t))
-        if share == 1:
-            assert (w == 0).all()
-        elif share >= 1e-3:
-            exact = (1 - t) * (u - s) / ((1 - u) * (t - s))
-            assert (w - exact)[t - s > 1e-6].abs().max() < 1e-3
+        exact = torch.where(t - s < 1e-6, 0.5, (1 - t) * (u - s) / ((1 - u) * (t - s)))
+        assert (w - exact).abs().max() < 1e-6
+        assert (w == {0.0: 0.5, 1.0: 0.0}.get(share, w)).all()
 
 
-@pytest.mark.parametrize("kind, renoise", [("posterior", 0.0), ("posterior", 0.6), ("linear", 0.6), ("posterior", 1.0)])
+@pytest.mark.parametrize("kind, renoise", [("posterior", 0.0), ("posterior", 0.8), ("linear", 0.8), ("posterior", 1.0)])
 def test_few_steps_of_the_exact_map_keep_the_law_for_every_renoise(kind, renoise):
-    """Each state of the sampler has the law of x_t: the Kolmogorov distance of 20 000 states to F_t stays below 1.95/sqrt(n)
-    (chance 1e-3 each, 4 states, seeded), and token 1 comes with p within 4 binomial standard errors."""
-    n, model = 20_000, ExactFlow(kind)
+    """Each state of the sampler has the law of x_t: the Kolmogorov distance of 100 000 states to F_t is below 1.95 / sqrt(n)
+    (chance 1e-3 each, 4 states, seeded), and token 1 comes with p within 4 binomial standard errors. Between the ends the
+    paper's rule, map + (sigma~ - sigma) D + g sigma eps, does not: the distance shows it."""
+    n, model = 100_000, ExactFlow(kind)
+
+    def distance(state, t):
+        y = model.difference(state).flatten().sort()[0]
+        return (model.law(y, t.double())[0] - (torch.arange(n) + 0.5) / n).abs().max() * math.sqrt(n)
 
     def delta(state, tau_s, tau_t):
-        t, y = model.clock.t(tau_s[:1]).double(), model.difference(state).flatten().sort()[0]
-        assert (model.law(y, t)[0] - (torch.arange(n) + 0.5) / n).abs().max() < 1.95 / math.sqrt(n), t
+        assert distance(state, model.clock.t(tau_s[:1])) < 1.95
         return model(state, tau_s, tau_t).softmax(-1)
 
     def noise(step):
         return model.noise(torch.randn(n, 1, 2))
     probs = distill.few_steps(delta, model, noise(0), 4, renoise, noise)
     assert abs(probs[..., 1].mean() - model.p) < 4 * math.sqrt(model.p * (1 - model.p) / n)
+    if 0 < renoise < 1:
+        t, start, zero = model.clock.t(torch.tensor([0.5])), noise(0), torch.zeros(n)
+        far = 1 - (1 - t) * math.sqrt(1 - renoise**2)
+        probs = model(start, zero, model.clock.tau(far).expand(n)).softmax(-1)
+        there = distill.move(model, start, probs, zero, model.clock.tau(far).expand(n))
+        assert distance(there + (t - far) * model.clean(probs) + renoise * (1 - t) * noise(0), t) > 1.95
 
 
 def test_one_step_of_a_trained_map_does_not_mix_two_phrases():
@@ -508,20 +526,23 @@ def test_one_step_of_a_trained_map_does_not_mix_two_phrases():
 
 
 def test_the_objectives_leave_the_teacher_alone(folder):
-    """Its weights neither move nor receive a gradient, and those of a linear student's embedding stay the teacher's."""
+    """Its weights do not move while each loss is followed, nor does a linear student's embedding, which is its own."""
     for kind in ("linear", "posterior"):
         flm.main(shlex.split(f"{TINY} --max-steps 2 --lr .01 --run-dir {kind} --parameterization {kind}"))
-        before = Path(kind, "flm.pt").read_bytes()
         distill.main(shlex.split(f"--run-dir {kind} --max-steps 3 --lr .01"))
-        flow, trained = flm.load(Path(kind, "flm.pt")), flm.load(Path(kind, "fmlm.pt"))
-        assert Path(kind, "flm.pt").read_bytes() == before and trained.kind == "fmlm"
-        assert torch.equal(flow.embedding, trained.embedding) == (kind == "linear")
-        assert not torch.equal(flow.head.weight, trained.head.weight)
-        teacher = distill.load_flow(Path(kind, "flm.pt"))
-        for objective in distill.TARGETS:
-            loss, _ = distill.map_loss(objective, teacher)(trained, torch.randint(27, (8, 16)), flm.Rows(0, 0, range(8), 8))
-            loss.mean().backward()
-        assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+        teacher, trained = distill.load_flow(Path(kind, "flm.pt")), flm.load(Path(kind, "fmlm.pt"))
+        assert torch.equal(teacher.embedding, trained.embedding) == (kind == "linear") and trained.kind == "fmlm"
+        before = {name: p.clone() for name, p in teacher.state_dict().items()}
+        correction = distill.student(distill.Correction, teacher.config, teacher, "correction", new=False)
+        trials = [(trained, distill.map_loss(objective, teacher)) for objective in distill.TARGETS]
+        trials += [(correction, distill.correction_loss(teacher)), (trained, distill.regression_loss(correction, teacher))]
+        for model, loss in trials:
+            model.requires_grad_(True)
+            loss(model, torch.randint(27, (8, 16)), flm.Rows(0, 0, range(8), 8))[0].mean().backward()
+            assert model.head.weight.grad.abs().sum() > 0
+            torch.optim.SGD([*model.parameters(), *teacher.parameters()], lr=0.1).step()
+        assert_equal(before, dict(teacher.state_dict()))
+        assert all(p.grad is None for p in teacher.parameters())
 
 
 def test_attention_sees_relative_positions_through_the_rotation():
@@ -626,7 +647,7 @@ def test_one_and_two_processes_take_the_same_step(folder, program, kind):
     if kind == "fmlm":
         flm.main(shlex.split(f"{flags} --run-dir one --lr .01"))
         flags = "--max-steps 1 --no-bf16"
-    for name, processes, more in (("one", 1, ""), ("two", 2, ""), ("micro", 2, "--micro-batch-size 2")):
+    for name, processes, more in (("one", 1, ""), ("two", 2, ""), ("micro", 2, "--micro-batch-size 1")):
         if kind == "fmlm" and name != "one":
             shutil.copytree("one", name, ignore=shutil.ignore_patterns("fmlm.*"))
         done = command(f"{flags} {more} --run-dir {name}", processes, program)
@@ -884,6 +905,8 @@ BAD_MAPS = {
     "--run-dir flow --resume": "flow/fmlm.config.json: no such file, so no run to go on with",
     "--run-dir map": "map: holds a run (fmlm.pt); --resume goes on",
     "--run-dir map --resume --objective eulerian": "--objective eulerian: this run was begun with semigroup",
+    "--run-dir lost": "lost.txt: not there, and the flow in lost was trained on it",
+    "--run-dir flow --objective two-stage --max-steps 1": "--max-steps 1: two stages need 2",
     "--run-dir changed": "--dataset changed.txt: is no longer the text that the flow in changed was trained on",
     "--run-dir untold": "untold/config.json: no such file",
     "--run-dir flow --width 32": "unrecognized arguments: --width 32",
@@ -895,8 +918,10 @@ BAD_MAPS = {
 def test_what_a_user_can_do_wrong_in_distilling_is_one_line(folder):
     Path("a.txt").write_text("\n".join("abcdefgh" * 4))
     Path("changed.txt").write_text("\n".join("abcdefgh" * 4))
-    for name, more in dict(flow="", linear="--parameterization linear", linear2="--parameterization linear --seed 1",
-                           changed="--dataset changed.txt").items():
+    shutil.copy("a.txt", "lost.txt")
+    runs = dict(flow="", lost="--dataset lost.txt", changed="--dataset changed.txt", linear="--parameterization linear",
+                linear2="--parameterization linear --seed 1")
+    for name, more in runs.items():
         flm.main(shlex.split(f"--dataset a.txt --tokenizer chars --no-packing --max-steps 1 {TINY} --run-dir {name} {more}"))
     flm.main(shlex.split(f"--dataset words --max-steps 1 {TINY} --run-dir speech"))
     Path("changed.txt").write_text("\n".join("abcdefgi" * 4))
@@ -905,6 +930,7 @@ def test_what_a_user_can_do_wrong_in_distilling_is_one_line(folder):
     distill.main(shlex.split("--run-dir map --max-steps 1"))
     shutil.copy("map/fmlm.pt", "renamed/flm.pt")
     Path("untold/config.json").unlink()
+    Path("lost.txt").unlink()
     for line, expected in BAD_MAPS.items():
         with pytest.raises(UserError) as error:
             distill.main(shlex.split(line))
