@@ -71,6 +71,11 @@ class Clock(nn.Module):
         """tau(t), the inverse of t(tau)."""
         return interpolate(t, self.t_nodes, self.tau_nodes)
 
+    def slope(self, tau: Tensor) -> Tensor:
+        """dt/dtau of the table."""
+        i = torch.searchsorted(self.tau_nodes, tau.contiguous(), right=True).clamp(1, len(self.tau_nodes) - 1)
+        return (self.t_nodes[i] - self.t_nodes[i - 1]) / (self.tau_nodes[i] - self.tau_nodes[i - 1])
+
 
 def interpolate(x: Tensor, x_nodes: Tensor, y_nodes: Tensor) -> Tensor:
     """The piecewise linear function through increasing nodes, at x (any shape)."""
@@ -316,10 +321,14 @@ class Transformer(nn.Module):
             return white
         if self.V <= self.config.width:  # E^T E is singular
             return white @ self.embedding
+        return white @ self.factor().T
+
+    def factor(self) -> Tensor:
+        """chol(E^T E) (D, D), for V > D; NaN where there is none."""
         gram = self.embedding.T @ self.embedding.detach()
         gram = 2 * gram - gram.detach()  # E^T E, and its whole gradient, the product being symmetric, from half the work
         factor, failed = torch.linalg.cholesky_ex(gram)  # [FLM] with its gradient: else that of E is biased
-        return white @ torch.where(failed == 0, factor, math.nan).T  # no waiting for `failed`: a NaN loss stops the run
+        return torch.where(failed == 0, factor, math.nan)  # no waiting for `failed`: a NaN loss stops the run
 
     def clean(self, tokens_or_probs: Tensor) -> Tensor:
         """[FLM] The state at t = 1 of tokens (B, L), or its expectation under probs (B, L, V)."""
