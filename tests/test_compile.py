@@ -29,6 +29,8 @@ def test_the_network_compiles_whole(kind, bf16, chunk):
     loss, weight = compiled(state, tau, targets=tokens), model.blocks[0].qkv.weight
     assert torch.allclose(loss, model(state, tau, targets=tokens), atol=1e-5)
     assert torch.allclose(compiled(state, tau), model(state, tau), atol=1e-5)
+    later = (1 + tau) / 2
+    assert torch.allclose(compiled(state, tau, later), model(state, tau, later), atol=1e-5)  # as a map
     gradient = torch.autograd.grad(loss.mean(), weight)[0]
     config.bf16, config.loss_chunk = False, 0
     exact = model(state, tau, targets=tokens)
