@@ -139,7 +139,8 @@ class Tokenizer:
         except UserError:
             raise
         except FileNotFoundError:
-            raise UserError(f"{path}: no such file, and the run needs it; train anew with --overwrite") from None
+            raise UserError(f"{path}: no such file, and the run needs it; put it back, or train anew: python flm.py "
+                            f"--run-dir {path.parent} --overwrite") from None
         except Exception as error:  # `tokenizers` raises bare Exception for a bad model
             raise UserError(f"{path}: not a tokenizer of this program ({type(error).__name__})") from None
 

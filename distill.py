@@ -7,11 +7,12 @@
 
 The map X_{s,t} takes a state at time s to where the flow has it at time t. The same network as the flow's, asked with two
 times, gives the mean denoiser delta_{s,t}, one distribution a position:  X_{s,t}(x) = (1-t)/(1-s) x + (t-s)/(1-s) delta.
-Settings that are left out are those of the flow that is distilled. Paper: arXiv 2602.16813.
+Settings that are left out are those of the flow that is distilled, but for a few defaults below. Paper: arXiv 2602.16813.
 """
 
 import math
 import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import Field, asdict, dataclass, fields, replace
 from functools import partial
@@ -24,9 +25,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flm
-from data import EMBEDDED, UserError
+from data import UserError
 from flm import Clock, Rows, Transformer
-from run import (FREE, clear, flag, guard, lasting, open_folder, parse, rank, read_settings, say, setting, setup, validate,
+from run import (FREE, clear, flag, guard, lasting, open_folder, parse, rank, say, setting, setup, validate,
                  world, write_settings)
 
 Delta = Callable[[Tensor, Tensor, Tensor], Tensor]  # (state, tau_s (B,), tau_t (B,)) -> delta_{s,t} (B, L, V)
@@ -278,10 +279,11 @@ class Config(flm.Config):
 
     objective: str = setting("semigroup", "what the map is trained to obey", choices=(*TARGETS, "two-stage"))
     teacher: str = setting("", "checkpoint of the flow that teaches; left out: the run's flm.pt; none: the text teaches a "
-                               "new network")
+                               "new network of its shape")
     renoise: float = setting(0.0, "share of fresh noise between the steps of --sample: 0, the plain map, to 1, all", 0, 1)
     beta2: float = setting(0.95, "AdamW's second beta", 0, 1)
     dropout: float = setting(0.0, "on the residual branches", 0, 1)
+    taught: int = setting(0, "fingerprint of the teacher")
     run_dir: str = setting("runs/words", "folder of a finished run of flm.py")
     sample_steps: int = setting(1, "network evaluations for a text", 1)
 
@@ -293,12 +295,12 @@ MACHINES = {"bf16", "compile", "micro_batch_size", "loss_chunk"}  # the flow may
 
 def command_line(argv: list[str]) -> tuple[dict, set[str]]:
     """The settings of a command line, a dict of Config's fields, and the names of the flags that were given."""
-    fixed = {f.name for f in fields(flm.Network)} - OWN  # these are no flags
+    fixed = {f.name for f in fields(flm.Network)} - OWN | {"taught"}  # these are no flags
 
     def defaults(f: Field) -> str | None:
-        if f.name in OWN | MACHINES:
-            return "" if f.default is None else f"{f.default}"
-        return None if f.name in fixed else "; ".join(
+        if f.name in fixed:
+            return None
+        return ("" if f.default is None else f"{f.default}") if f.name in OWN | MACHINES else "; ".join(
             ["the flow's"] + [f"{name}: {preset[f.name]}" for name, preset in PRESETS.items() if f.name in preset])
     given = parse(argv, Config, __doc__, defaults)
     settings = asdict(Config()) | given
@@ -316,8 +318,13 @@ def load_flow(path: Path) -> Transformer:
     return model.requires_grad_(False)
 
 
-def check_teacher(path: str, teacher: Transformer, flow: Transformer) -> None:
-    """Raises UserError unless the teacher reads the states that the run's flow reads."""
+def load_teacher(name: str, flow: Transformer) -> Transformer:
+    """The flow of another run. Raises UserError unless it reads the states that this run's flow reads."""
+    path = Path(name, "flm.pt") if Path(name).is_dir() else Path(name)
+    try:
+        teacher = load_flow(path)
+    except UserError as error:
+        raise UserError(f"--teacher {error}") from None
     if teacher.tokenizer.checksum != flow.tokenizer.checksum:
         raise UserError(f"--teacher {path}: has another vocabulary than the run's flow; give a flow of the same text")
     for name in ("parameterization", "seq_len"):
@@ -326,6 +333,11 @@ def check_teacher(path: str, teacher: Transformer, flow: Transformer) -> None:
             raise UserError(f"--teacher {path}: its {flag(name)} is {theirs}, the run's flow has {ours}; train it alike")
     if flow.linear and not torch.equal(teacher.embedding, flow.embedding):
         raise UserError(f"--teacher {path}: has another input embedding; a linear flow can only teach its own map")
+    return teacher
+
+
+def fingerprint(model: Transformer) -> int:
+    return zlib.crc32(model.head.weight.detach().cpu().numpy().tobytes())
 
 
 def student(make: type, config: flm.Config, flow: Transformer, kind: str, new: bool) -> Transformer:
@@ -343,28 +355,29 @@ def main(argv: list[str]) -> None:
     settings, given = command_line(argv)
     folder = Path(settings["run_dir"])
     if settings["sample"]:
+        if (folder / "correction.pt").exists() and not (folder / "fmlm.pt").exists():
+            raise UserError(f"{folder}: has the first of two stages; go on: python distill.py --run-dir {folder} --resume")
         return flm.write_samples(Config(**settings), "fmlm", partial(sample, renoise=settings["renoise"]))
     device = setup(settings["device"], settings["threads"])
     flow = load_flow(folder / "flm.pt")
-    dataset = read_settings(folder, "flm", flm.Config)["dataset"]  # its path; the checkpoint keeps all but that
+    dataset = flm.text_of(folder)
     inherited = lasting(flow.config) | {"dataset": dataset} | PRESETS.get(dataset, {})
     settings |= {name: value for name, value in inherited.items() if name not in OWN | MACHINES | given}
     config = Config(**open_folder(settings, given, "fmlm", Config))
     flm.check(config)
-    teacher = flow if config.teacher == "" else None if config.teacher == "none" else load_flow(Path(config.teacher))
-    if teacher:
-        check_teacher(config.teacher, teacher, flow)
-    elif config.objective == "two-stage":
+    teacher = flow if config.teacher == "" else None if config.teacher == "none" else load_teacher(config.teacher, flow)
+    taught = fingerprint(teacher) if teacher else 0
+    if config.resume and config.taught != taught:
+        raise UserError(f"{folder}: its teacher is not the one this map was begun with; --overwrite distils it anew")
+    config.taught = taught
+    if config.objective == "two-stage" and not teacher:
         raise UserError("--objective two-stage: corrects a teacher; leave out --teacher none")
     if config.objective == "two-stage" and config.max_steps < 2:
         raise UserError("--max-steps 1: two stages need 2")
-    if dataset not in EMBEDDED and not Path(dataset).is_file():
-        raise UserError(f"{dataset}: not there, and the flow in {folder} was trained on it; run where it is, or put it back")
     training = flm.Config(**{f.name: getattr(config, f.name) for f in fields(flm.Config)})
     training.compile = config.compile and config.objective not in ("lagrangian", "eulerian")  # jvp runs uncompiled
     corpus = flm.corpus_for(training, device)
-    if corpus.tokenizer.checksum != flow.tokenizer.checksum:
-        raise UserError(f"--dataset {config.dataset}: is no longer the text that the flow in {folder} was trained on")
+    flm.check_text(flow, corpus, dataset)
     config.bf16 = training.bf16
     for frozen in {flow, teacher} - {None}:
         frozen.to(device).config.bf16 = config.bf16
@@ -401,4 +414,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guard(main))
+    sys.exit(guard(main, resumes=True))

@@ -21,7 +21,7 @@ from torch import Tensor
 import distill
 import flm
 from data import UserError
-from run import Parser, guard, read_settings, setup
+from run import Parser, guard, setup
 
 
 class NGram:
@@ -118,6 +118,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--num-samples", type=int, default=1000, help="texts judged")
     parser.add_argument("--seed", type=int, default=0, help="of their noise")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to run")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     args = parser.parse_args(argv)
     if args.num_samples < 1:
         raise UserError(f"--num-samples {args.num_samples}: must be 1 or more")
@@ -127,9 +128,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     args = parse(argv)
     folder, n = Path(args.run_dir), args.num_samples
-    model = flm.load(folder / "flm.pt", setup(args.device, 0))
-    settings = read_settings(folder, "flm", flm.Config)  # the checkpoint does not keep the path of its text
-    corpus = flm.corpus_of(replace(model.config, dataset=settings["dataset"]))
+    model = flm.load(folder / "flm.pt", setup(args.device, args.threads))
+    dataset = flm.text_of(folder)
+    corpus = flm.corpus_of(replace(model.config, dataset=dataset))
+    flm.check_text(model, corpus, dataset)
     bayes = flm.Transformer(replace(model.config, parameterization="posterior", depth=0), model.V, corpus.log_p)
     torch.nn.init.zeros_(bayes.head.weight)
     loss, context_free = (sum(flm.held_out_loss(net, flm.flow_loss, corpus, sys.maxsize)) / 10

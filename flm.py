@@ -27,8 +27,8 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 from data import UserError
-from run import (Log, clear, first_does, first_line, guard, lasting, open_folder, parse, rank, read_checkpoint, say, setting,
-                 setup, total, validate, world, write_checkpoint, write_settings)
+from run import (Log, clear, first_does, first_line, guard, lasting, open_folder, parse, rank, read_checkpoint,
+                 read_settings, say, setting, setup, total, validate, world, write_checkpoint, write_settings)
 
 # ------------------------------------------------------------------------------------------------------ 1. The clock
 
@@ -713,9 +713,26 @@ def corpus_for(config: Config, device: torch.device) -> data.Corpus:
     return corpus
 
 
+def text_of(folder: Path) -> str:
+    """The path of the text that the flow of a run was trained on. Raises UserError if it is not there."""
+    dataset = read_settings(folder, "flm", Config)["dataset"]  # checkpoints keep only its name
+    try:
+        data.source_file(dataset)
+    except UserError:
+        raise UserError(f"{dataset}: not there, and the flow in {folder} was trained on it; run where it is, or put it "
+                        "back") from None
+    return dataset
+
+
+def check_text(model: Transformer, corpus: data.Corpus, path: str) -> None:
+    """Raises UserError if the text at `path` is not what the model was trained on."""
+    if (model.source, model.tokenizer.checksum) != (corpus.meta["source"], corpus.tokenizer.checksum):
+        raise UserError(f"{path}: is no longer the text that the flow was trained on; put that back, or train anew")
+
+
 def load(path: str | Path, device: str | torch.device = "cpu") -> Transformer:
-    """The network of a checkpoint runs/NAME/K.pt with its average weights, ready to write; also .kind, .tokenizer, .config
-    and .step, the steps it was trained.
+    """The network of a checkpoint runs/NAME/K.pt with its average weights, ready to write; also .kind, .tokenizer, .config,
+    .step, the steps it was trained, and .source, the checksum of its text.
 
     Needs no more than the run folder. Raises UserError for a missing, damaged or foreign file.
     """
@@ -728,7 +745,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Transformer:
         model = build(Config(**content["config"]), tokenizer, content["log_p"], content["kind"])
         for p, average in zip(model.parameters(), content["ema"], strict=True):
             p.data.copy_(average)
-        model.step = content["step"]
+        model.step, model.source = content["step"], content["source"]
     except (TypeError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{path}: does not fit this program ({first_line(error)})") from None
     model.config.bf16 = model.config.bf16 and bf16_is_faster(torch.device(device))
@@ -803,4 +820,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guard(main))
+    sys.exit(guard(main, resumes=True))

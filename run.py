@@ -144,8 +144,9 @@ def say(text: str) -> None:
         tqdm.write(text, file=sys.stderr)
 
 
-def guard(main: Callable[[list[str]], None]) -> int:
-    """Runs a command line and returns its exit status; what the user can mend is one line and status 2."""
+def guard(main: Callable[[list[str]], None], resumes: bool = False) -> int:
+    """Runs a command line, one that resumes or not, and returns its exit status; what the user can mend is one line and
+    status 2."""
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -153,7 +154,8 @@ def guard(main: Callable[[list[str]], None]) -> int:
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        say("interrupted; --resume goes on from the last checkpoint, or the same command starts anew if there is none")
+        say("interrupted" + "; --resume goes on from the last checkpoint, or the same command starts anew if there is none"
+            * resumes)
         return 130
     finally:
         if dist.is_initialized():
@@ -246,8 +248,8 @@ def read_settings(folder: Path, kind: str, Config: type) -> dict:
         validate(asdict(Config()) | stored, Config)
         return stored
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file, so no run to go on with; train one: {program(kind)} "
-                        f"--run-dir {folder}") from None
+        raise UserError(f"{path}: no such file, so no run to go on with; put it back, or train anew: {program(kind)} "
+                        f"--run-dir {folder} --overwrite") from None
     except (OSError, ValueError, UserError) as error:
         raise UserError(f"{path}: not the settings of a run ({first_line(error)}); --overwrite trains anew") from None
 
@@ -276,8 +278,9 @@ def open_folder(settings: dict, given: set[str], kind: str, Config: type) -> dic
     stored = read_settings(folder, kind, Config)
     for name in given - FREE:
         if stored[name] != settings[name]:
-            raise UserError(f"{flag(name)} {settings[name]}: this run was begun with {stored[name]}; leave the flag out, or "
-                            "start another --run-dir")
+            begun = "without it" if stored[name] in ("", None) else f"with {stored[name]}"
+            raise UserError(f"{flag(name)} {settings[name]}: this run was begun {begun}; leave the flag out, or start "
+                            "another --run-dir")
     return settings | stored
 
 

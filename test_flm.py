@@ -643,7 +643,9 @@ def assert_equal(a, b) -> None:
 def test_one_and_two_processes_take_the_same_step(folder, program, kind):
     """After one step AdamW's first moment is a tenth of the gradient: equal to 1e-5 relative, on one process, on two, and on
     two that accumulate micro-batches. Their held-out losses agree as well."""
-    flags, found = f"--max-steps 1 {TINY} --optimizer adamw --clip 0 --device cpu", []
+    (folder / "a.txt").write_text("\n".join(f"{word} {i}" for i in range(200) for word in ("ab", "ba", "abba")))
+    flags = f"--dataset a.txt --tokenizer chars --max-steps 1 {TINY} --optimizer adamw --clip 0 --device cpu"
+    found = []
     if kind == "fmlm":
         flm.main(shlex.split(f"{flags} --run-dir one --lr .01"))
         flags = "--max-steps 1 --no-bf16"
@@ -952,7 +954,11 @@ BAD_MAPS = {
     "--run-dir map --resume --objective eulerian": "--objective eulerian: this run was begun with semigroup",
     "--run-dir lost": "lost.txt: not there, and the flow in lost was trained on it",
     "--run-dir flow --objective two-stage --max-steps 1": "--max-steps 1: two stages need 2",
-    "--run-dir changed": "--dataset changed.txt: is no longer the text that the flow in changed was trained on",
+    "--run-dir changed": "changed.txt: is no longer the text that the flow was trained on; put that back",
+    "--run-dir longer": "longer.txt: is no longer the text that the flow was trained on; put that back",
+    "--run-dir later --resume": "later: its teacher is not the one this map was begun with",
+    "--run-dir half --sample": "half: has the first of two stages; go on: python distill.py --run-dir half --resume",
+    "--run-dir map --resume --teacher none": "--teacher none: this run was begun without it",
     "--run-dir untold": "untold/config.json: no such file",
     "--run-dir flow --width 32": "unrecognized arguments: --width 32",
     "--run-dir flow --renoise 2": "--renoise 2.0: must be 0 or more, 1 or less",
@@ -964,8 +970,9 @@ def test_what_a_user_can_do_wrong_in_distilling_is_one_line(folder):
     Path("a.txt").write_text("\n".join("abcdefgh" * 4))
     Path("changed.txt").write_text("\n".join("abcdefgh" * 4))
     shutil.copy("a.txt", "lost.txt")
-    runs = dict(flow="", lost="--dataset lost.txt", changed="--dataset changed.txt", linear="--parameterization linear",
-                linear2="--parameterization linear --seed 1")
+    shutil.copy("a.txt", "longer.txt")
+    runs = dict(flow="", linear="--parameterization linear", linear2="--parameterization linear --seed 1",
+                lost="--dataset lost.txt", changed="--dataset changed.txt", longer="--dataset longer.txt --seed 7")
     for name, more in runs.items():
         flm.main(shlex.split(f"--dataset a.txt --tokenizer chars --no-packing --max-steps 1 {TINY} --run-dir {name} {more}"))
     flm.main(shlex.split(f"--dataset words --max-steps 1 {TINY} --run-dir speech"))
@@ -976,6 +983,11 @@ def test_what_a_user_can_do_wrong_in_distilling_is_one_line(folder):
     shutil.copy("map/fmlm.pt", "renamed/flm.pt")
     Path("untold/config.json").unlink()
     Path("lost.txt").unlink()
+    Path("longer.txt").write_text(Path("a.txt").read_text() + "\na")
+    shutil.copytree("flow", "half")
+    distill.main(shlex.split("--run-dir half --max-steps 2 --objective two-stage --stop-after 1"))
+    shutil.copytree("map", "later")
+    shutil.copy("longer/flm.pt", "later/flm.pt")
     for line, expected in BAD_MAPS.items():
         with pytest.raises(UserError) as error:
             distill.main(shlex.split(line))
