@@ -29,7 +29,7 @@ def table(folder):
     """What evaluate.py says: {line: (perplexity, entropy, share of distinct texts, likeness to the flow)}."""
     text = run(folder, "evaluate.py", "--num-samples 1000", 600)
     print(text)
-    return {line[:12].strip(): list(map(float, line[12:].split())) for line in text.splitlines()[2:]}
+    return {line[:12].strip(): list(map(float, line[12:].split())) for line in text.splitlines()[3:]}
 
 
 def test_the_default_command_learns_words_as_promised(folder, table):
