@@ -162,7 +162,6 @@ TARGETS = {"semigroup": semigroup, "lagrangian": lagrangian, "eulerian": euleria
 
 # ------------------------------------------------------------------------------------------------------ 3. Losses
 
-
 WHOLE = 1 / 32  # share of the journeys that go from noise to data; more teach a map from its own faults
 
 
@@ -176,7 +175,7 @@ def journeys(model: nn.Module, tokens: Tensor, rows: Rows, last: float = 1.0, st
     tau, white = rows.draw(tokens.shape[1], model.noise_dims, tokens.device)
     duration = (tau / (1 - WHOLE)).clamp(max=1) if rows.tau is None else tau
     index = torch.arange(rows.index.start, rows.index.stop, device=tau.device)
-    place = (index * 2654435769 + flm.mix(rows.seed, rows.step)) % 2**32 / 2**32  # 2^32 / 1.618
+    place = (index * 2654435769 + flm.mix(rows.seed, rows.step)) % 2**32 / 2**32  # 2^32 / 1.618...: exact on every device
     tau_s = last * (1 - duration) * place
     tau_t = tau_s + last * duration
     tau_s[stand] = tau_t[stand] = tau[stand]
@@ -278,8 +277,8 @@ class Config(flm.Config):
     """The settings of a distillation. All that is not named here or given is its flow's."""
 
     objective: str = setting("semigroup", "what the map is trained to obey", choices=(*TARGETS, "two-stage"))
-    teacher: str = setting("", "checkpoint of the flow that teaches; left out: the run's flm.pt; none: the text teaches a "
-                               "new network of its shape")
+    teacher: str = setting("", "flow that teaches, a checkpoint or its folder; left out: the run's; none: the text teaches "
+                               "a new network of its shape")
     renoise: float = setting(0.0, "share of fresh noise between the steps of --sample: 0, the plain map, to 1, all", 0, 1)
     beta2: float = setting(0.95, "AdamW's second beta", 0, 1)
     dropout: float = setting(0.0, "on the residual branches", 0, 1)
@@ -320,7 +319,7 @@ def load_flow(path: Path) -> Transformer:
 
 def load_teacher(name: str, flow: Transformer) -> Transformer:
     """The flow of another run. Raises UserError unless it reads the states that this run's flow reads."""
-    path = Path(name, "flm.pt") if Path(name).is_dir() else Path(name)
+    path = Path(name) if name.endswith(".pt") else Path(name, "flm.pt")
     try:
         teacher = load_flow(path)
     except UserError as error:
@@ -337,6 +336,7 @@ def load_teacher(name: str, flow: Transformer) -> Transformer:
 
 
 def fingerprint(model: Transformer) -> int:
+    """A checksum of the output weights, which every training step changes."""
     return zlib.crc32(model.head.weight.detach().cpu().numpy().tobytes())
 
 

@@ -72,14 +72,19 @@ class Clock(nn.Module):
         return interpolate(t, self.t_nodes, self.tau_nodes)
 
     def slope(self, tau: Tensor) -> Tensor:
-        """dt/dtau of the table."""
-        i = torch.searchsorted(self.tau_nodes, tau.contiguous(), right=True).clamp(1, len(self.tau_nodes) - 1)
+        """dt/dtau of the table, of the shape of tau."""
+        i = segment(tau, self.tau_nodes)
         return (self.t_nodes[i] - self.t_nodes[i - 1]) / (self.tau_nodes[i] - self.tau_nodes[i - 1])
+
+
+def segment(x: Tensor, nodes: Tensor) -> Tensor:
+    """i such that nodes[i - 1] and nodes[i], of increasing nodes, are the ends of the segment x (any shape) lies in."""
+    return torch.searchsorted(nodes, x.contiguous(), right=True).clamp(1, len(nodes) - 1)
 
 
 def interpolate(x: Tensor, x_nodes: Tensor, y_nodes: Tensor) -> Tensor:
     """The piecewise linear function through increasing nodes, at x (any shape)."""
-    i = torch.searchsorted(x_nodes, x.contiguous(), right=True).clamp(1, len(x_nodes) - 1)
+    i = segment(x, x_nodes)
     x0, x1, y0, y1 = x_nodes[i - 1], x_nodes[i], y_nodes[i - 1], y_nodes[i]
     return y0 + (y1 - y0) * ((x - x0) / (x1 - x0))
 
@@ -689,7 +694,8 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
 # -------------------------------------------------------------------------------------------------- 7. Command line
 
 
-def build(config: Config, tokenizer: data.Tokenizer, log_p: Tensor, kind: str = "flm", network: type = Transformer):
+def build(config: Config, tokenizer: data.Tokenizer, log_p: Tensor, kind: str = "flm",
+          network: type[Transformer] = Transformer) -> Transformer:
     """A new network, alike on every process; its weights are a function of the seed."""
     torch.manual_seed(mix(config.seed, 1))
     model = network(config, tokenizer.vocab_size, log_p)
