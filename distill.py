@@ -14,7 +14,7 @@ import math
 import sys
 import zlib
 from collections.abc import Callable
-from dataclasses import Field, asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,10 +25,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flm
+import join
 from data import UserError
 from flm import Clock, Rows, Transformer
-from run import (FREE, clear, flag, guard, lasting, open_folder, parse, rank, say, setting, setup, validate,
-                 world, write_settings)
+from run import clear, flag, guard, rank, say, setting, world, write_settings
 
 Delta = Callable[[Tensor, Tensor, Tensor], Tensor]  # (state, tau_s (B,), tau_t (B,)) -> delta_{s,t} (B, L, V)
 
@@ -84,11 +84,10 @@ def few_steps(delta: Delta, model: nn.Module, state: Tensor, steps: int, renoise
 @torch.no_grad()
 def sample(model: Transformer, n: int, steps: int, seed: int, renoise: float = 0.0, delta: Delta | None = None) -> Tensor:
     """Writes n texts in `steps` evaluations of the map: tokens (n, L), from the noise that flm.sample has for this seed."""
-    def solve(state: Tensor, rows: Rows) -> Tensor:
+    def solve(rows: Rows) -> Tensor:
         def noise(step: int) -> Tensor:
-            again = replace(rows, seed=flm.mix(rows.seed, 3, step))
-            return model.noise(again.draw(state.shape[1], model.noise_dims, state.device)[1])
-        return few_steps(delta or mean_denoiser(model), model, state, steps, renoise, noise)
+            return flm.start(model, rows.fresh(step))
+        return few_steps(delta or mean_denoiser(model), model, flm.start(model, rows), steps, renoise, noise).argmax(-1)
     return flm.write(model, n, seed, solve)
 
 
@@ -214,8 +213,8 @@ class Correction(Transformer):
     Its outputs are g itself, zero at first, and log_weight holds the log of the error expected in each tenth of tau_s.
     """
 
-    def __init__(self, config: flm.Config, V: int, log_p: Tensor):
-        super().__init__(config, V, log_p)
+    def __init__(self, *network):
+        super().__init__(*network)
         self.log_weight = nn.Parameter(torch.zeros(10))
 
     def start_at_zero(self) -> None:
@@ -282,46 +281,23 @@ class Config(flm.Config):
     renoise: float = setting(0.0, "share of fresh noise between the steps of --sample: 0, the plain map, to 1, all", 0, 1)
     beta2: float = setting(0.95, "AdamW's second beta", 0, 1)
     dropout: float = setting(0.0, "on the residual branches", 0, 1)
-    taught: int = setting(0, "fingerprint of the teacher")
+    taught: int = setting(0, "")  # fingerprint of the teacher
     run_dir: str = setting("runs/words", "folder of a finished run of flm.py")
     sample_steps: int = setting(1, "network evaluations for a text", 1)
 
 
-OWN = Config.__annotations__.keys() | FREE  # the rest is the flow's
 PRESETS = {"words": dict(max_steps=1000, lr=4e-3)}  # for 5 minutes on two slow cores
-MACHINES = {"bf16", "compile", "micro_batch_size", "loss_chunk"}  # the flow may have been trained on another one
 
 
 def command_line(argv: list[str]) -> tuple[dict, set[str]]:
-    """The settings of a command line, a dict of Config's fields, and the names of the flags that were given."""
-    fixed = {f.name for f in fields(flm.Network)} - OWN | {"taught"}  # these are no flags
-
-    def defaults(f: Field) -> str | None:
-        if f.name in fixed:
-            return None
-        return ("" if f.default is None else f"{f.default}") if f.name in OWN | MACHINES else "; ".join(
-            ["the flow's"] + [f"{name}: {preset[f.name]}" for name, preset in PRESETS.items() if f.name in preset])
-    given = parse(argv, Config, __doc__, defaults)
-    settings = asdict(Config()) | given
-    validate(settings, Config)
-    return settings, set(given)
-
-
-def load_flow(path: Path) -> Transformer:
-    """The frozen flow of a checkpoint. Raises UserError for a missing or unfit file, or another kind's."""
-    model = flm.load(path)
-    if model.kind != "flm":
-        raise UserError(f"{path}: holds a {model.kind}, not a flow; give the flm.pt of a run of flm.py")
-    if model.step < model.config.max_steps:
-        say(f"{path}: is not finished, it has {model.step} of its {model.config.max_steps} steps")
-    return model.requires_grad_(False)
+    return join.command_line(argv, Config, __doc__, PRESETS)
 
 
 def load_teacher(name: str, flow: Transformer) -> Transformer:
     """The flow of another run. Raises UserError unless it reads the states that this run's flow reads."""
     path = Path(name) if name.endswith(".pt") else Path(name, "flm.pt")
     try:
-        teacher = load_flow(path)
+        teacher = join.load_flow(path)
     except UserError as error:
         raise UserError(f"--teacher {error}") from None
     if teacher.tokenizer.checksum != flow.tokenizer.checksum:
@@ -358,13 +334,8 @@ def main(argv: list[str]) -> None:
         if (folder / "correction.pt").exists() and not (folder / "fmlm.pt").exists():
             raise UserError(f"{folder}: has the first of two stages; go on: python distill.py --run-dir {folder} --resume")
         return flm.write_samples(Config(**settings), "fmlm", partial(sample, renoise=settings["renoise"]))
-    device = setup(settings["device"], settings["threads"])
-    flow = load_flow(folder / "flm.pt")
-    dataset = flm.text_of(folder)
-    inherited = lasting(flow.config) | {"dataset": dataset} | PRESETS.get(dataset, {})
-    settings |= {name: value for name, value in inherited.items() if name not in OWN | MACHINES | given}
-    config = Config(**open_folder(settings, given, "fmlm", Config))
-    flm.check(config)
+    config, training, flow, corpus = join.join(settings, given, "fmlm", Config, PRESETS)
+    device = flow.device
     teacher = flow if config.teacher == "" else None if config.teacher == "none" else load_teacher(config.teacher, flow)
     taught = fingerprint(teacher) if teacher else 0
     if config.resume and config.taught != taught:
@@ -374,15 +345,11 @@ def main(argv: list[str]) -> None:
         raise UserError("--objective two-stage: corrects a teacher; leave out --teacher none")
     if config.objective == "two-stage" and config.max_steps < 2:
         raise UserError("--max-steps 1: two stages need 2")
-    training = flm.Config(**{f.name: getattr(config, f.name) for f in fields(flm.Config)})
     training.compile = config.compile and config.objective not in ("lagrangian", "eulerian")  # jvp runs uncompiled
-    corpus = flm.corpus_for(training, device)
-    flm.check_text(flow, corpus, dataset)
-    config.bf16 = training.bf16
-    for frozen in {flow, teacher} - {None}:
-        frozen.to(device).config.bf16 = config.bf16
-    if teacher and training.compile and device.type == "cuda":
-        teacher.compile()
+    if teacher:
+        teacher.to(device).config.bf16 = config.bf16
+        if training.compile and device.type == "cuda":
+            teacher.compile()
     if rank() == 0 and not config.resume:
         clear(folder, "fmlm", "correction")
         write_settings(config, "fmlm")

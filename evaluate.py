@@ -1,27 +1,44 @@
-"""Judges samples: perplexity under an n-gram model of the training text, entropy, variety, and likeness to the flow.
+"""Compares the models of a run: how well they write, in how many network evaluations, and how likely they find other text.
 
-    python evaluate.py --run-dir runs/words
+    python evaluate.py --run-dir runs/words                        # a table; quality.json and quality.png in the folder
+    python evaluate.py --run-dir runs/sotu --judge ar --seeds 3
+    python evaluate.py --run-dir runs/my --judge gpt2-large        # or a folder; pip install transformers
 
-The judge reads a text up to its first end token. Low perplexity with low entropy is collapse: never quote one without the
-other. "as flow" is the share of tokens that equal those of the flow's 256-step text from the same noise.
+perplexity  of the samples under the judge, which reads a text up to and including its first end token: an n-gram model of
+            the training text, the run's own ar, or any causal language model of Hugging Face
+entropy     of the frequencies of the tokens in one sample, nats, their mean. Low perplexity with low entropy is collapse:
+            never quote one without the other
+distinct    share of different samples; training, held out: share found there whole
+as flow     share of tokens that equal those of the flow's text of the most steps, from the same noise
 """
 
 import argparse
+import json
 import math
 import sys
+import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from statistics import mean, stdev
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+import baselines
+import data
 import distill
 import flm
+import join
 from data import UserError
 from run import Parser, guard, setup
+
+# ----------------------------------------------------------------------------------------------------- 1. The judges
+# A judge gives texts, lists of ids that stop behind the first end token, their perplexity: exp of the mean nats a token.
 
 
 class NGram:
@@ -64,11 +81,67 @@ class NGram:
             p = (max(self.counts[n][gram] - discount, 0) + discount * kinds * p) / total
         return p
 
-    def perplexity(self, texts: Sequence[Sequence[int]], end: int) -> float:
-        """exp of the mean negative log-probability of all tokens up to and including each text's first end token."""
-        texts = [until_end(text, end) for text in texts]
+    def __call__(self, texts: Sequence[Sequence[int]]) -> float:
         nats = [-math.log(self.probability(text[:i], text[i])) for text in texts for i in range(len(text))]
         return math.exp(sum(nats) / len(nats))
+
+
+def ar_judge(model: flm.Transformer) -> Callable:
+    """The perplexity that an autoregressive model of the same tokens gives to texts."""
+    @torch.no_grad()
+    def judge(texts: Sequence[Sequence[int]]) -> float:
+        nats = 0.0
+        for some in batches(texts, flm.rows_at_once(model)):
+            rows = torch.tensor([[*text, *[0] * (model.config.seq_len - len(text))] for text in some])
+            lengths = torch.tensor([len(text) for text in some])
+            read = torch.arange(rows.shape[1]) < lengths[:, None]  # what comes later does not change what is read
+            nats += baselines.ar_nats(model, rows.to(model.device)).cpu()[read].double().sum().item()
+        return math.exp(nats / sum(map(len, texts)))
+    return judge
+
+
+def hugging_face(name: str, tokenizer: data.Tokenizer, device: torch.device) -> Callable:
+    """The perplexity under a causal language model of Hugging Face, by name or folder, of the texts in its own tokens, an
+    end in ours being one in theirs. The first token of a text has nothing before it and is not scored.
+
+    Raises UserError where transformers or the model is missing.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise UserError(f"--judge {name}: needs transformers; pip install transformers, or use --judge ngram") from None
+    try:
+        codec = transformers.AutoTokenizer.from_pretrained(name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name).to(device).eval()
+    except Exception as error:  # its hub client and its loaders raise many kinds
+        raise UserError(f"--judge {name}: could not be loaded ({type(error).__name__}); give ngram, ar, or the name or "
+                        "folder of a causal language model") from None
+    most = getattr(model.config, "max_position_embeddings", None) or 2**31
+
+    @torch.no_grad()
+    def judge(texts: Sequence[Sequence[int]]) -> float:
+        from tqdm import tqdm
+
+        nats, count = 0.0, 0
+        for some in tqdm(list(batches(texts, 16)), desc=name, unit="batch", leave=False, file=sys.stderr):
+            ids = [codec(tokenizer.decode(text)).input_ids + [codec.eos_token_id] * (text[-1] == tokenizer.end)
+                   for text in some]
+            ids = [row[:most] for row in ids]
+            lengths = torch.tensor([len(row) for row in ids])
+            rows = torch.tensor([row + [0] * (max(map(len, ids)) - len(row)) for row in ids], device=device)
+            read = (torch.arange(rows.shape[1]) < lengths[:, None]).to(device)
+            logits = model(rows, attention_mask=read.long()).logits.float()
+            scores = F.cross_entropy(logits[:, :-1].mT, rows[:, 1:], reduction="none")[read[:, 1:]]
+            nats, count = nats + scores.double().sum().item(), count + len(scores)
+        return math.exp(nats / count) if count else math.nan
+    return judge
+
+
+def batches(rows: Sequence, size: int) -> list:
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+# --------------------------------------------------------------------------------------------------- 2. The measures
 
 
 def until_end(text: Sequence[int], end: int) -> Sequence[int]:
@@ -88,6 +161,24 @@ def likeness(a: Sequence[Sequence[int]], b: Sequence[Sequence[int]], end: int, p
         n = max(len(until_end(x, end)), len(until_end(y, end))) if padded else len(x)
         pairs += zip(x[:n], y[:n])
     return sum(x == y for x, y in pairs) / len(pairs)
+
+
+def found(rows: np.ndarray, split: np.ndarray, padded: bool) -> np.ndarray:
+    """Which of the rows (n, L) are in a split of tokens (N,), a row of it or, if not padded, at any place: (n,) of bool."""
+    return np.isin(fingerprints(rows.ravel(), rows.shape[1])[:: rows.shape[1]],
+                   fingerprints(split, rows.shape[1])[:: rows.shape[1] if padded else 1])
+
+
+def fingerprints(tokens: np.ndarray, L: int) -> np.ndarray:
+    """A 64-bit hash of the L tokens from each place of (N,) on: sums with random weights, modulo 2^64."""
+    weights, n = np.random.default_rng(0).integers(2**64, size=L, dtype=np.uint64), len(tokens) - L + 1
+    hashes = np.zeros(n, np.uint64)
+    for i, weight in enumerate(weights):
+        hashes += weight * (tokens[i : i + n].astype(np.uint64) + np.uint64(1))
+    return hashes
+
+
+# ------------------------------------------------------------------------------------------------- 3. The likelihood
 
 
 @torch.no_grad()
@@ -112,63 +203,159 @@ def likelihood_bound(model: torch.nn.Module, tokens: Tensor, rows: flm.Rows, las
     return rate * error.square().sum((1, 2)) + left
 
 
+@torch.no_grad()
+def likelihood(model: flm.Transformer, heldout: Tensor, tokens: int, seed: int) -> dict:
+    """-log p of the held-out rows (n, L), in nats for each of their `tokens` tokens: exact for ar, an upper bound for flm
+    and mdlm, whose times are random: the mean of 8 passes, in each of which a row has one time, and its standard error."""
+    nats = {"ar": lambda model, tokens, rows: baselines.ar_nats(model, tokens).sum(1), "flm": likelihood_bound,
+            "mdlm": lambda model, tokens, rows: baselines.mdlm_loss(model, tokens, rows)[0] * tokens.shape[1]}[model.kind]
+    n, bound = len(heldout), model.kind != "ar"
+    passes = []
+    for k in range(8 if bound else 1):
+        turned = heldout.roll(k * n // 8, 0)  # each row at times from all over
+        rows = flm.Rows(seed, -2, range(n), n).fresh(k)
+        passes.append(sum(nats(model, turned[i : i + b].to(model.device), replace(rows, index=range(i, min(i + b, n))))
+                          .double().sum().item() for b in [flm.rows_at_once(model)] for i in range(0, n, b)) / tokens)
+    nats = mean(passes)
+    return dict(bound=bound, nats=nats, bits=nats / math.log(2), perplexity=math.exp(nats),
+                standard_error=stdev(passes) / math.sqrt(8) if bound else 0.0)
+
+
+# -------------------------------------------------------------------------------------------------- 4. Command line
+
+SAMPLERS = {"flm": flm.sample, "fmlm": distill.sample, "mdlm": baselines.mdlm_sample, "ar": baselines.ar_sample}
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
     parser.add_argument("--run-dir", default="runs/words", help="folder of a finished run")
-    parser.add_argument("--num-samples", type=int, default=1000, help="texts judged")
-    parser.add_argument("--seed", type=int, default=0, help="of their noise")
+    parser.add_argument("--judge", default="ngram", help="ngram, ar, or a causal language model of Hugging Face")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16, 64], help="network evaluations for a text")
+    parser.add_argument("--num-samples", type=int, default=1000, help="texts judged for each number of steps")
+    parser.add_argument("--seeds", type=int, default=1, help="sets of texts, for mean and standard deviation")
+    parser.add_argument("--seed", type=int, default=0, help="the first of their seeds")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to run")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     args = parser.parse_args(argv)
-    if args.num_samples < 1:
-        raise UserError(f"--num-samples {args.num_samples}: must be 1 or more")
+    for name in ("num_samples", "seeds", "steps"):
+        if np.min(value := getattr(args, name)) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
     return args
+
+
+COLUMNS = dict(perplexity="12.2f", entropy="10.3f", distinct="10.3f", training="10.3f", heldout="10.3f", as_flow="10.3f",
+               seconds="10.2f", tokens_per_s="12.0f")
+
+
+def line(name: str, result: dict) -> str:
+    """A row of the table; standard deviations stand behind what has one."""
+    cells = (" " * int(form.split(".")[0]) if result.get(column) is None else f"{result[column]:{form}}"
+             + (f" +-{result[column + '_std']:<6.2g}" if column + "_std" in result else "")
+             for column, form in COLUMNS.items())
+    return f"{name:10}" + "".join(cells)
+
+
+def plot(report: dict, path: Path) -> None:
+    """Perplexity against network evaluations, one line a model, entropies beside the points."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for kind in dict.fromkeys(result["model"] for result in report["samples"]):
+        points = [result for result in report["samples"] if result["model"] == kind]
+        x, y = ([result[name] for result in points] for name in ("steps", "perplexity"))
+        axes.errorbar(x, y, [result.get("perplexity_std", 0) for result in points], marker="o", label=kind)
+        for result, *at in zip(points, x, y):
+            axes.annotate(f"{result['entropy']:.2f}", at, xytext=(4, 4), textcoords="offset points", fontsize=8)
+    text = report["heldout_text"]
+    axes.axhline(text["perplexity"], color="gray", linestyle="--", label=f"held-out text ({text['entropy']:.2f})")
+    axes.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel=f"perplexity ({report['judge']})",
+             title=f"{report['run']}: perplexity, and entropy beside the points")
+    axes.set_xticks(sorted({result["steps"] for result in report["samples"]}))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.minorticks_off()
+    axes.legend()
+    figure.savefig(path, dpi=150)
 
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    folder, n = Path(args.run_dir), args.num_samples
-    model = flm.load(folder / "flm.pt", setup(args.device, args.threads))
-    dataset = flm.text_of(folder)
-    corpus = flm.corpus_of(replace(model.config, dataset=dataset))
-    flm.check_text(model, corpus, dataset)
-    bayes = flm.Transformer(replace(model.config, parameterization="posterior", depth=0), model.V, corpus.log_p)
-    torch.nn.init.zeros_(bayes.head.weight)
-    loss, context_free = (sum(flm.held_out_loss(net, flm.flow_loss, corpus, sys.maxsize)) / 10
-                          for net in (model, bayes.to(model.device)))
-    print(f"held-out loss {loss:.4f} nats a position, {loss / context_free:.3f} of Bayes' rule without context "
-          f"({context_free:.4f})")
+    folder, n, device = Path(args.run_dir), args.num_samples, setup(args.device, args.threads)
+    models = {kind: flm.load(folder / f"{kind}.pt", device) for kind in SAMPLERS
+              if kind in ("flm", args.judge) or (folder / f"{kind}.pt").exists()}
+    flow, dataset = models["flm"], join.text_of(folder)
+    corpus = flm.corpus_of(replace(flow.config, dataset=dataset))
+    for model in models.values():
+        join.check_text(model, corpus, dataset)
     train, heldout = (corpus.batch(split, 0, range(corpus.blocks(split))) for split in ("train", "heldout"))
     padded, end = not corpus.packing, corpus.tokenizer.end
-    nats, batch, draws = [], flm.rows_at_once(model), 8 * len(heldout)  # each row at 8 times
-    for start in range(0, draws, batch):
-        index = range(start, min(start + batch, draws))
-        tokens = heldout[torch.tensor(index) % len(heldout)].to(model.device)
-        nats.append(likelihood_bound(model, tokens, flm.Rows(args.seed, -2, index, draws)).double())
-    train, heldout = train.tolist(), heldout.tolist()
-    real = [[until_end(row, end) if padded else row for row in rows] for rows in (train, heldout)]
-    counts, tokens = Counter(chain(*real[0])), list(chain(*real[1]))
-    unigram = sum(math.log((counts.total() + model.V) / (counts[token] + 1)) for token in tokens) / len(tokens)
-    a_token = torch.cat(nats) * len(heldout) / len(tokens)
-    print(f"held-out likelihood: at most {a_token.mean():.3f} +- {a_token.std() / draws**0.5:.3f} nats a token "
-          f"({a_token.mean() / math.log(2):.3f} bits), by unigram frequencies {unigram:.3f}", flush=True)
-    order = 5 if corpus.tokenizer.kind == "chars" else 3
-    judge = NGram(real[0], model.V, order)
-    reference = flm.sample(model, n, 256, args.seed).tolist()
+    texts = [[until_end(row, end) if padded else row for row in split.tolist()] for split in (train, heldout)]
+    if args.judge == "ngram":
+        order = 5 if corpus.tokenizer.kind == "chars" else 3
+        judge, name = NGram(texts[0], flow.V, order), f"{order}-gram"
+    elif args.judge == "ar":
+        judge, name = ar_judge(models["ar"]), "the run's ar"
+    else:
+        judge, name = hugging_face(args.judge, corpus.tokenizer, device), args.judge
 
-    def line(name: str, rows: list[list[int]], same: bool = True) -> None:
-        texts = [until_end(row, end) if padded else row for row in rows]
-        print(f"{name:12}{judge.perplexity(texts, end):12.2f}{unigram_entropy(texts):12.3f}"
-              f"{len(set(map(tuple, texts))) / len(texts):12.3f}"
-              + f"{likeness(rows, reference, end, padded):12.3f}" * same, flush=True)
-    print(f"{'':12}{'perplexity':>12}{'entropy':>12}{'distinct':>12}{'as flow':>12}   ({n} samples, {order}-gram judge)")
-    line("held out", heldout[:n], same=False)
-    for steps in (1, 4, 16, 64):
-        line(f"flow {steps}", flm.sample(model, n, steps, args.seed).tolist())
-    if (folder / "fmlm.pt").exists():
-        model = flm.load(folder / "fmlm.pt", model.device)
-        for steps in (1, 2, 4):
-            line(f"map {steps}", distill.sample(model, n, steps, args.seed).tolist())
+    def measure(rows: Tensor, reference: Tensor | None = None) -> dict:
+        rows = rows.cpu()
+        if padded:
+            rows = rows.masked_fill((rows == end).cumsum(1) > 0, end)  # what stands behind the end is no text
+        texts = [until_end(row, end) if padded else row for row in rows.tolist()]
+        result = dict(perplexity=judge([until_end(text, end) for text in texts]), entropy=unigram_entropy(texts),
+                      distinct=len(set(map(tuple, texts))) / len(texts))
+        for name, split in (("training", "train"), ("heldout", "heldout")):
+            result[name] = float(found(rows.numpy(), corpus.splits[split], padded).mean())
+        if reference is not None:
+            result["as_flow"] = likeness(rows.tolist(), reference.tolist(), end, padded)
+        return result
+
+    bayes = flm.Transformer(replace(flow.config, parameterization="posterior", depth=0), flow.V, corpus.log_p)
+    torch.nn.init.zeros_(bayes.head.weight)
+    loss, context_free = (sum(flm.held_out_loss(net, flm.flow_loss, corpus, sys.maxsize)) / 10
+                          for net in (flow, bayes.to(device)))
+    counts, tokens = Counter(chain(*texts[0])), list(chain(*texts[1]))
+    unigram = sum(math.log((counts.total() + flow.V) / (counts[token] + 1)) for token in tokens) / len(tokens)
+    report = dict(run=folder.resolve().name, judge=name, num_samples=n, seeds=list(range(args.seed, args.seed + args.seeds)),
+                  batch_size=min(n, flm.rows_at_once(flow)), device=str(device), threads=torch.get_num_threads(),
+                  heldout_loss=loss, heldout_loss_without_context=context_free, unigram_nats=unigram,
+                  likelihood={kind: likelihood(model, heldout, len(tokens), args.seed) for kind, model in models.items()
+                              if kind != "fmlm"},
+                  heldout_text=measure(heldout[:n]), samples=[])
+    print(f"held-out loss of the flow {loss:.4f} nats a position, {loss / context_free:.3f} of Bayes' rule without context "
+          f"({context_free:.4f})\n\n{'held-out likelihood':24}{'nats a token':>18}{'bits':>10}{'perplexity':>12}")
+    for kind, result in report["likelihood"].items():
+        print(f"{kind + (', at most' if result['bound'] else ', exact'):24}{result['nats']:10.3f} +- "
+              f"{result['standard_error']:.3f}{result['bits']:10.3f}{result['perplexity']:12.2f}")
+    print(f"{'unigram frequencies':24}{unigram:10.3f}{'':9}{unigram / math.log(2):10.3f}{math.exp(unigram):12.2f}\n")
+    print(f"{n} samples, {len(report['seeds'])} x, {report['batch_size']} at once, {device}, {report['threads']} threads, "
+          f"{name} judge")
+    print(f"{'':10}{'perplexity':>12}{'entropy':>10}{'distinct':>10}{'training':>10}{'held out':>10}{'as flow':>10}"
+          f"{'seconds':>10}{'tokens/s':>12}")
+    print(line("held out", report["heldout_text"]), flush=True)
+    references = {}
+    for kind, model in models.items():
+        for steps in sorted(set(args.steps), reverse=True) if kind != "ar" else [corpus.seq_len]:
+            runs = []
+            for seed in report["seeds"]:
+                begin = time.perf_counter()
+                rows = SAMPLERS[kind](model, n, steps, seed)
+                seconds = time.perf_counter() - begin
+                references.setdefault(seed, rows)  # the flow's, of the most steps, come first
+                runs.append(measure(rows, references[seed] if kind in ("flm", "fmlm") else None)
+                            | dict(seconds=seconds, tokens_per_s=rows.numel() / seconds))
+            result = {name: mean(run[name] for run in runs) for name in runs[0]}
+            if len(runs) > 1:
+                result |= {f"{name}_std": stdev(run[name] for run in runs) for name in ("perplexity", "entropy")}
+            report["samples"].append(dict(model=kind, steps=steps) | result)
+            print(line(f"{kind} {steps}", result), flush=True)
+    try:
+        (folder / "quality.json").write_text(json.dumps(report, indent=1))
+        plot(report, folder / "quality.png")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import Field, asdict, dataclass
+from dataclasses import Field, asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,8 +27,8 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 from data import UserError
-from run import (Log, clear, first_does, first_line, guard, lasting, open_folder, parse, rank, read_checkpoint,
-                 read_settings, say, setting, setup, total, validate, world, write_checkpoint, write_settings)
+from run import (Log, clear, first_does, first_line, guard, lasting, open_folder, parse, program, rank,
+                 read_checkpoint, say, setting, setup, total, validate, world, write_checkpoint, write_settings)
 
 # ------------------------------------------------------------------------------------------------------ 1. The clock
 
@@ -121,6 +121,10 @@ class Rows:
             return (first + tau) / self.total, white
         return torch.full_like(tau, self.tau), white
 
+    def fresh(self, step: int) -> "Rows":
+        """The same rows with other randomness: that of a sampler's step."""
+        return replace(self, seed=mix(self.seed, 3, step))
+
 
 def mix(*numbers: int) -> int:
     """Hashes integers to a 32-bit seed (a CPU generator reads no more); each round is murmur3's finaliser."""
@@ -171,17 +175,21 @@ def sample(model: nn.Module, n: int, steps: int, seed: int) -> Tensor:
     """Writes n texts in `steps` network evaluations: tokens (n, L). Text i is a pure function of (seed, i, steps)."""
     def denoiser(state: Tensor, tau: Tensor) -> Tensor:
         return model(state, tau).softmax(-1)
-    return write(model, n, seed, lambda state, rows: euler(denoiser, state, model.clock, steps, model.clean))
+    def solve(rows: Rows) -> Tensor:
+        return euler(denoiser, start(model, rows), model.clock, steps, model.clean).argmax(-1)
+    return write(model, n, seed, solve)
 
 
-def write(model: nn.Module, n: int, seed: int, solve: Callable[[Tensor, Rows], Tensor]) -> Tensor:
-    """The texts (n, L) at which solve(state at t = 0, its rows) -> probs (B, L, V) arrives, from the noise of `seed`."""
-    texts, batch = [], rows_at_once(model)
-    for start in range(0, n, batch):
-        rows = Rows(seed, -1, range(start, min(start + batch, n)), n)  # step -1: no training step's noise
-        _, white = rows.draw(model.config.seq_len, model.noise_dims, model.device)  # a text needs no tau
-        texts.append(solve(model.noise(white), rows).argmax(-1).cpu())
-    return torch.cat(texts)
+def start(model: nn.Module, rows: Rows) -> Tensor:
+    """The states at t = 0 from which these rows are written."""
+    return model.noise(rows.draw(model.config.seq_len, model.noise_dims, model.device)[1])
+
+
+def write(model: nn.Module, n: int, seed: int, solve: Callable[[Rows], Tensor]) -> Tensor:
+    """n texts (n, L) from solve(rows) -> tokens (B, L), as many at once as memory allows."""
+    batch = rows_at_once(model)
+    return torch.cat([solve(Rows(seed, -1, range(i, min(i + batch, n)), n)).cpu()  # step -1: no training step's noise
+                      for i in range(0, n, batch)])
 
 
 def rows_at_once(model: nn.Module) -> int:
@@ -211,16 +219,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, cap: float) -> Tensor:
-    """Attention over (B, heads, L, head width), scores soft-capped at `cap` if it is not 0.
+def attention(q: Tensor, k: Tensor, v: Tensor, cap: float, causal: bool = False) -> Tensor:
+    """Attention over (B, heads, L, head width), scores soft-capped at `cap` if it is not 0; causal: none looks ahead, the
+    last query standing at the last key.
 
     Fused where that is faster: not on short rows on a CPU, nor with a cap.
     """
     if not cap and (q.is_cuda or q.shape[-2] > 64):
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal and q.shape[-2] > 1)
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if cap:
         scores = cap * torch.tanh(scores / cap)
+    if causal:
+        ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1 + k.shape[-2] - q.shape[-2])
+        scores = scores.masked_fill(ahead, -math.inf)
     return scores.softmax(-1) @ v
 
 
@@ -236,11 +248,11 @@ class LayerNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP; the time shifts, scales and gates both (adaLN). [FLM] no causal mask: all positions at once."""
+    """Attention and MLP; the time shifts, scales and gates both (adaLN). [FLM] not causal: all positions at once."""
 
-    def __init__(self, config: "Config"):
+    def __init__(self, config: "Config", causal: bool):
         super().__init__()
-        D = config.width
+        D, self.causal = config.width, causal
         self.heads, self.cap, self.dropout = config.heads, config.attention_cap, config.dropout
         self.norm1, self.norm2 = LayerNorm(D), LayerNorm(D)
         self.qkv = nn.Linear(D, 3 * D, bias=False)
@@ -248,14 +260,19 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(approximate="tanh"), nn.Linear(4 * D, D))
         self.modulation = nn.Linear(config.cond_width, 6 * D)
 
-    def forward(self, x: Tensor, cond: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x (B, L, D), cond (B, C) -> (B, L, D)."""
+    def forward(self, x: Tensor, cond: Tensor, cos: Tensor, sin: Tensor, past: list[Tensor] | None = None) -> Tensor:
+        """x (B, L, D), cond (B, C) -> (B, L, D). past, for a causal block: [] or [keys and values of the positions before],
+        to which those of x are added."""
         B, L, D = x.shape
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond)[:, None].to(x.dtype).chunk(6, dim=-1)
         h = torch.addcmul(shift1, self.norm1(x), 1 + scale1)
         qkv = self.qkv(h).view(B, L, 3, self.heads, D // self.heads)
         (q, k), v = rotate(qkv[:, :, :2], cos, sin).to(qkv.dtype).unbind(2), qkv[:, :, 2]
-        h = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.cap)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if past is not None:
+            past[:] = [torch.cat([*past, torch.stack([k, v])], dim=-2)]
+            k, v = past[0]
+        h = attention(q, k, v, self.cap, self.causal)
         h = self.out(h.transpose(1, 2).reshape(B, L, D))
         x = torch.addcmul(x, gate1, F.dropout(h, self.dropout, self.training).to(x.dtype))
         h = self.mlp(torch.addcmul(shift2, self.norm2(x), 1 + scale2))
@@ -272,11 +289,14 @@ class Transformer(nn.Module):
 
     posterior (ours): the state is x_t in R^V. The network reads the embedding of what Bayes' rule alone knows of each
     token, softmax(log p + c x_t), c = t/(1-t)^2, adds log p + c x_t to its logits, and learns only what context adds.
+
+    `kind` is the model it serves: flm, fmlm or, in baselines.py, ar (causal) and mdlm (masked). Those two read embeddings,
+    and `special` where there is no token: before the first and at a mask.
     """
 
-    def __init__(self, config: "Config", V: int, log_p: Tensor):
+    def __init__(self, config: "Config", V: int, log_p: Tensor, kind: str = "flm"):
         super().__init__()
-        D = config.width
+        D, self.kind = config.width, kind
         self.config, self.V, self.linear = config, V, config.parameterization == "linear"
         self.noise_dims = D if self.linear and V > D else V
         self.clock = Clock(V)
@@ -286,10 +306,11 @@ class Transformer(nn.Module):
         self.position = nn.Parameter(torch.zeros(config.seq_len, D)) if learned else None
         self.time_s = TimeEmbedding(config.cond_width, config.time_scale)
         self.time_t = TimeEmbedding(config.cond_width, config.time_scale)  # the second time, of the flow map
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config, kind == "ar") for _ in range(config.depth))
         self.norm = LayerNorm(D)
         self.modulation = nn.Linear(config.cond_width, 2 * D)
         self.head = nn.Linear(D, V)
+        self.special = nn.Parameter(torch.zeros(D)) if kind in ("ar", "mdlm") else None
         self.gain = None if self.linear else nn.Parameter(torch.zeros(config.cond_width))  # of a map on its noise
         angles = torch.arange(config.seq_len)[:, None, None, None] * 10000 ** -(
             torch.arange(0, D // config.heads, 2) / (D // config.heads))
@@ -300,15 +321,19 @@ class Transformer(nn.Module):
     def initialise(self) -> None:
         """The paper's start: gates and output at zero, so that every block is the identity and all tokens are as likely.
 
-        For `posterior` that is a saddle, Bayes' rule being optimal without context. There the output is small instead, gates
-        start at 1, and blocks are the identity by their last matrices; embeddings have the size of what blocks will add.
+        For `posterior` that is a saddle, Bayes' rule being optimal without context, and for mdlm, as a mask tells nothing.
+        There, and for ar, which learns faster so, the output is small instead, gates start at 1, and blocks are the identity
+        by their last matrices; embeddings have the size of what blocks will add.
         """
         for layer in [*(block.modulation for block in self.blocks), self.modulation, self.time_t.mlp[-1], self.head]:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         self.time_t.requires_grad_(False)  # a flow has no second time: distillation thaws what is its own
-        if not self.linear:
+        if self.gain is not None:
             self.gain.requires_grad_(False)
+        if self.special is not None:
+            nn.init.normal_(self.special, std=0.6)
+        if self.special is not None or not self.linear:
             nn.init.normal_(self.head.weight, std=0.1)
             nn.init.normal_(self.embedding, std=0.6)
             for block in self.blocks:
@@ -354,10 +379,12 @@ class Transformer(nn.Module):
         m = s if tau_t is None else self.clock.t((tau_s + tau_t) / 2)[:, None, None]
         return torch.addcmul(self.log_p, m / ((1 - m).clamp(min=0.02) * (1 - s).clamp(min=0.02)), state)
 
-    def forward(self, state: Tensor, tau_s: Tensor, tau_t: Tensor | None = None, targets: Tensor | None = None) -> Tensor:
+    def forward(self, state: Tensor, tau_s: Tensor, tau_t: Tensor | None = None, targets: Tensor | None = None,
+                past: list[list[Tensor]] | None = None) -> Tensor:
         """Logits (B, L, V) in float32 from state (B, L, D or V) and tau_s (B,), or with targets (B, L) or (B, L, V)
         their cross-entropy (B, L), the network's part of the logits held for `config.loss_chunk` positions at a time.
-        With tau_t (B,) those of a flow map's mean denoiser from s to t, without it the flow's denoiser at s."""
+        With tau_t (B,) those of a flow map's mean denoiser from s to t, without it the flow's denoiser at s.
+        past: for ar, what each block keeps of the positions before these."""
         bayes = skip = None if self.linear else self.bayes_logits(state, tau_s, tau_t)
         cond = F.silu(self.time_s(tau_s) if tau_t is None else self.time_s(tau_s) + self.time_t(tau_t))
         if tau_t is not None and not self.linear:  # [FLM] the noise decides more the longer the journey
@@ -365,11 +392,13 @@ class Transformer(nn.Module):
             skip = torch.addcmul(bayes, gain[:, None, None], state)
         with torch.autocast(state.device.type, torch.bfloat16, enabled=bool(self.config.bf16)):
             x = state if self.linear else bayes.softmax(-1) @ self.embedding  # [FLM]
+            before = past[0][0].shape[-2] if past and past[0] else 0
+            here = slice(before, before + x.shape[1])
             if self.position is not None:
-                x = x + self.position
+                x = x + self.position[here]
             x = x.to(self.embedding.dtype)  # the residual stream stays in float32
-            for block in self.blocks:
-                x = block(x, cond, self.cos, self.sin)
+            for i, block in enumerate(self.blocks):
+                x = block(x, cond, self.cos[here], self.sin[here], past and past[i])
             shift, scale = self.modulation(cond)[:, None].to(x.dtype).chunk(2, dim=-1)
             x = torch.addcmul(shift, self.norm(x), 1 + scale)
         if targets is None:
@@ -615,7 +644,7 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
         del content
     last = max(first, min(config.max_steps, config.stop_after or config.max_steps))
     B, L, local = config.batch_size, config.seq_len, config.batch_size // world()
-    chunked = model.linear and config.loss_chunk and kind == "flm"  # no tensor is V-wide; the targets of a map are
+    chunked = model.linear and config.loss_chunk and kind not in ("fmlm", "correction")  # else targets are V-wide
     most = 2**15 // L if chunked else min(2**15 // L, rows_at_once(model))
     micro = config.micro_batch_size or next(m for m in range(local, 0, -1) if local % m == 0 and (m <= most or m == 1))
     if config.compile and device.type == "cuda":
@@ -698,8 +727,8 @@ def build(config: Config, tokenizer: data.Tokenizer, log_p: Tensor, kind: str = 
           network: type[Transformer] = Transformer) -> Transformer:
     """A new network, alike on every process; its weights are a function of the seed."""
     torch.manual_seed(mix(config.seed, 1))
-    model = network(config, tokenizer.vocab_size, log_p)
-    model.kind, model.tokenizer = kind, tokenizer
+    model = network(config, tokenizer.vocab_size, log_p, kind)
+    model.tokenizer = tokenizer
     return model
 
 
@@ -719,23 +748,6 @@ def corpus_for(config: Config, device: torch.device) -> data.Corpus:
     return corpus
 
 
-def text_of(folder: Path) -> str:
-    """The path of the text that the flow of a run was trained on. Raises UserError if it is not there."""
-    dataset = read_settings(folder, "flm", Config)["dataset"]  # checkpoints keep only its name
-    try:
-        data.source_file(dataset)
-    except UserError:
-        raise UserError(f"{dataset}: not there, and the flow in {folder} was trained on it; run where it is, or put it "
-                        "back") from None
-    return dataset
-
-
-def check_text(model: Transformer, corpus: data.Corpus, path: str) -> None:
-    """Raises UserError if the text at `path` is not what the model was trained on."""
-    if (model.source, model.tokenizer.checksum) != (corpus.meta["source"], corpus.tokenizer.checksum):
-        raise UserError(f"{path}: is no longer the text that the flow was trained on; put that back, or train anew")
-
-
 def load(path: str | Path, device: str | torch.device = "cpu") -> Transformer:
     """The network of a checkpoint runs/NAME/K.pt with its average weights, ready to write; also .kind, .tokenizer, .config,
     .step, the steps it was trained, and .source, the checksum of its text.
@@ -753,7 +765,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Transformer:
             p.data.copy_(average)
         model.step, model.source = content["step"], content["source"]
     except (TypeError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"{path}: does not fit this program ({first_line(error)})") from None
+        raise UserError(f"{path}: does not fit this program ({first_line(error)}); train it anew: {program(path.stem)} "
+                        f"--run-dir {path.parent} --overwrite") from None
     model.config.bf16 = model.config.bf16 and bf16_is_faster(torch.device(device))
     return model.to(device).eval()
 

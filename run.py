@@ -208,7 +208,8 @@ def read_checkpoint(path: Path) -> dict:
 
 def program(kind: str) -> str:
     """The command that trains a K = `kind`."""
-    return "python distill.py" if kind in ("fmlm", "correction") else "python flm.py"
+    return {"flm": "python flm.py", "ar": "python baselines.py --model ar", "mdlm": "python baselines.py --model mdlm"
+            }.get(kind, "python distill.py")
 
 
 def first_line(error: Exception) -> str:
