@@ -1205,7 +1205,7 @@ BAD_EVALUATIONS = {
     "--run-dir run --steps 4 0": "--steps [4, 0]: must be 1 or more",
     "--run-dir run --num-samples 0": "--num-samples 0: must be 1 or more",
     "--run-dir run --seeds 0": "--seeds 0: must be 1 or more",
-    "--run-dir changed": "changed/mdlm.pt: does not fit this program (the tokenizer.json beside it is another's); train it anew: python base",
+    "--run-dir changed": "changed/mdlm.pt: does not fit this program (the tokenizer.json beside it is another's); train",
 }
 
 
