@@ -25,7 +25,7 @@ from run import clear, guard, rank, say, setting, world, write_settings
 
 def ar_nats(model: Transformer, tokens: Tensor) -> Tensor:
     """-log p(token | those before it) of tokens (B, L): nats (B, L)."""
-    first = model.special.expand(len(tokens), 1, -1)
+    first = model.blank.expand(len(tokens), 1, -1)
     state = torch.cat([first, model.clean(tokens[:, :-1])], dim=1)
     return model(state, torch.zeros(len(tokens), device=tokens.device), targets=tokens)
 
@@ -42,7 +42,7 @@ def ar_sample(model: Transformer, n: int, steps: int, seed: int) -> Tensor:
         L, texts, past = model.config.seq_len, [], [[] for _ in model.blocks]
         uniform = uniforms(rows, L, 1, model.device)[..., 0]
         time = torch.zeros(len(rows.index), device=model.device)
-        state = model.special.expand(len(rows.index), 1, -1)
+        state = model.blank.expand(len(rows.index), 1, -1)
         for i in range(L):
             texts.append(pick(model(state, time, past=past).softmax(-1)[:, 0], uniform[:, i]))
             state = model.clean(texts[-1][:, None])
@@ -65,8 +65,8 @@ def uniforms(rows: Rows, L: int, dims: int, device: torch.device) -> Tensor:
 
 
 def reveal(model: Transformer, tokens: Tensor, known: Tensor) -> Tensor:
-    """The state (B, L, D): the embedding of known tokens, `special` elsewhere."""
-    return torch.where(known[..., None], model.clean(tokens), model.special)
+    """The state (B, L, D): the embedding of known tokens, `blank` elsewhere."""
+    return torch.where(known[..., None], model.clean(tokens), model.blank)
 
 
 def mdlm_loss(model: Transformer, tokens: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,6 @@ times, gives the mean denoiser delta_{s,t}, one distribution a position:  X_{s,t
 Settings that are left out are those of the flow that is distilled, but for a few defaults below. Paper: arXiv 2602.16813.
 """
 
-import math
 import sys
 import zlib
 from collections.abc import Callable
@@ -59,36 +58,9 @@ def flow_map(model: nn.Module, state: Tensor, tau_s: Tensor, tau_t: Tensor) -> T
     return move(model, state, mean_denoiser(model)(state, tau_s, tau_t), tau_s, tau_t)
 
 
-def few_steps(delta: Delta, model: nn.Module, state: Tensor, steps: int, renoise: float,
-              noise: Callable[[int], Tensor]) -> Tensor:
-    """Follows the map from noise to data in `steps` evaluations on a uniform tau grid; returns the last probs (B, L, V).
-
-    renoise = 0 is the plain map, 1 jumps to the end and puts all noise back; between, each step goes on to a later t~, with
-    1 - t~ = (1 - t') sqrt(1 - renoise^2), and returns to t' with fresh noise(step). Scaled so that the law of x_t' is exact
-    for every renoise; the paper's "gamma-sampling" is so only at its ends.
-    """
-    grid = torch.linspace(0, 1, steps + 1, device=state.device)
-    for step, (tau, tau_next) in enumerate(zip(grid, grid[1:])):
-        t_next = model.clock.t(tau_next)
-        t_far = 1 - (1 - t_next) * math.sqrt(1 - renoise**2)
-        tau_s, tau_far = (x.expand(len(state)) for x in (tau, model.clock.tau(t_far)))
-        probs = delta(state, tau_s, tau_far)
-        state = move(model, state, probs, tau_s, tau_far)
-        if renoise and step + 1 < steps:
-            shrink = t_next / t_far  # x_t~ has t~ of the token and 1 - t~ of the noise
-            fresh = ((1 - t_next) ** 2 - (shrink * (1 - t_far)) ** 2).clamp(min=0).sqrt()
-            state = shrink * state + fresh * noise(step)
-    return probs
-
-
-@torch.no_grad()
 def sample(model: Transformer, n: int, steps: int, seed: int, renoise: float = 0.0, delta: Delta | None = None) -> Tensor:
     """Writes n texts in `steps` evaluations of the map: tokens (n, L), from the noise that flm.sample has for this seed."""
-    def solve(rows: Rows) -> Tensor:
-        def noise(step: int) -> Tensor:
-            return flm.start(model, rows.fresh(step))
-        return few_steps(delta or mean_denoiser(model), model, flm.start(model, rows), steps, renoise, noise).argmax(-1)
-    return flm.write(model, n, seed, solve)
+    return flm.sample(model, n, steps, seed, renoise, delta or mean_denoiser(model))
 
 
 # -------------------------------------------------------------------------------------------------- 2. Objectives
@@ -278,7 +250,6 @@ class Config(flm.Config):
     objective: str = setting("semigroup", "what the map is trained to obey", choices=(*TARGETS, "two-stage"))
     teacher: str = setting("", "flow that teaches, a checkpoint or its folder; left out: the run's; none: the text teaches "
                                "a new network of its shape")
-    renoise: float = setting(0.0, "share of fresh noise between the steps of --sample: 0, the plain map, to 1, all", 0, 1)
     beta2: float = setting(0.95, "AdamW's second beta", 0, 1)
     dropout: float = setting(0.0, "on the residual branches", 0, 1)
     taught: int = setting(0, "")  # fingerprint of the teacher

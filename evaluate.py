@@ -10,6 +10,7 @@ entropy     of the frequencies of the tokens in one sample, nats, their mean. Lo
             never quote one without the other
 distinct    share of different samples; training, held out: share found there whole
 as flow     share of tokens that equal those of the flow's text of the most steps, from the same noise
+flm+noise   the flow with a share of fresh noise in each step (flm.py --renoise)
 """
 
 import argparse
@@ -20,6 +21,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from statistics import mean, stdev
@@ -223,14 +225,12 @@ def likelihood(model: flm.Transformer, heldout: Tensor, tokens: int, seed: int) 
 
 # -------------------------------------------------------------------------------------------------- 4. Command line
 
-SAMPLERS = {"flm": flm.sample, "fmlm": distill.sample, "mdlm": baselines.mdlm_sample, "ar": baselines.ar_sample}
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
     parser.add_argument("--run-dir", default="runs/words", help="folder of a finished run")
     parser.add_argument("--judge", default="ngram", help="ngram, ar, or a causal language model of Hugging Face")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16, 64], help="network evaluations for a text")
+    parser.add_argument("--renoise", type=float, default=0.3, help="share of fresh noise in the steps of flm+noise; 0: leave out")
     parser.add_argument("--num-samples", type=int, default=1000, help="texts judged for each number of steps")
     parser.add_argument("--seeds", type=int, default=1, help="sets of texts, for mean and standard deviation")
     parser.add_argument("--seed", type=int, default=0, help="the first of their seeds")
@@ -240,6 +240,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name in ("num_samples", "seeds", "steps"):
         if np.min(value := getattr(args, name)) < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
+    if not 0 <= args.renoise <= 1:
+        raise UserError(f"--renoise {args.renoise}: must be 0 or more, 1 or less")
     return args
 
 
@@ -252,7 +254,7 @@ def line(name: str, result: dict) -> str:
     cells = (" " * int(form.split(".")[0]) if result.get(column) is None else f"{result[column]:{form}}"
              + (f" +-{result[column + '_std']:<6.2g}" if column + "_std" in result else "")
              for column, form in COLUMNS.items())
-    return f"{name:10}" + "".join(cells)
+    return f"{name:12}" + "".join(cells)
 
 
 def plot(report: dict, path: Path) -> None:
@@ -279,17 +281,30 @@ def plot(report: dict, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def find(folder: Path, judge: str, device: torch.device) -> tuple[dict[str, flm.Transformer], data.Corpus]:
+    """The models of a run by kind, and its corpus. Raises UserError where the flow, the judge or the text is missing."""
+    models = {kind: flm.load(folder / f"{kind}.pt", device) for kind in ("flm", "fmlm", "mdlm", "ar")
+              if kind in ("flm", judge) or (folder / f"{kind}.pt").exists()}
+    dataset = join.text_of(folder)
+    corpus = flm.corpus_of(replace(models["flm"].config, dataset=dataset))
+    for model in models.values():
+        join.check_text(model, corpus, dataset)
+    return models, corpus
+
+
+def context_free_loss(model: flm.Transformer, corpus: data.Corpus) -> float:
+    """The flow loss of Bayes' rule alone: a posterior network without blocks whose output is zero."""
+    bayes = flm.Transformer(replace(model.config, parameterization="posterior", depth=0), model.V, corpus.log_p)
+    torch.nn.init.zeros_(bayes.head.weight)
+    return mean(flm.held_out_loss(bayes.to(model.device), flm.flow_loss, corpus, sys.maxsize))
+
+
 def main(argv: list[str]) -> None:
     args = parse(argv)
     folder, n, device = Path(args.run_dir), args.num_samples, setup(args.device, args.threads)
-    models = {kind: flm.load(folder / f"{kind}.pt", device) for kind in SAMPLERS
-              if kind in ("flm", args.judge) or (folder / f"{kind}.pt").exists()}
-    flow, dataset = models["flm"], join.text_of(folder)
-    corpus = flm.corpus_of(replace(flow.config, dataset=dataset))
-    for model in models.values():
-        join.check_text(model, corpus, dataset)
+    models, corpus = find(folder, args.judge, device)
+    flow, padded, end = models["flm"], not corpus.packing, corpus.tokenizer.end
     train, heldout = (corpus.batch(split, 0, range(corpus.blocks(split))) for split in ("train", "heldout"))
-    padded, end = not corpus.packing, corpus.tokenizer.end
     texts = [[until_end(row, end) if padded else row for row in split.tolist()] for split in (train, heldout)]
     if args.judge == "ngram":
         order = 5 if corpus.tokenizer.kind == "chars" else 3
@@ -300,57 +315,53 @@ def main(argv: list[str]) -> None:
         judge, name = hugging_face(args.judge, corpus.tokenizer, device), args.judge
 
     def measure(rows: Tensor, reference: Tensor | None = None) -> dict:
-        rows = rows.cpu()
-        if padded:
-            rows = rows.masked_fill((rows == end).cumsum(1) > 0, end)  # what stands behind the end is no text
+        rows = rows.masked_fill((rows == end).cumsum(1) > 0, end) if padded else rows  # behind the end there is no text
         texts = [until_end(row, end) if padded else row for row in rows.tolist()]
-        result = dict(perplexity=judge([until_end(text, end) for text in texts]), entropy=unigram_entropy(texts),
-                      distinct=len(set(map(tuple, texts))) / len(texts))
-        for name, split in (("training", "train"), ("heldout", "heldout")):
-            result[name] = float(found(rows.numpy(), corpus.splits[split], padded).mean())
-        if reference is not None:
-            result["as_flow"] = likeness(rows.tolist(), reference.tolist(), end, padded)
-        return result
-
-    bayes = flm.Transformer(replace(flow.config, parameterization="posterior", depth=0), flow.V, corpus.log_p)
-    torch.nn.init.zeros_(bayes.head.weight)
-    loss, context_free = (sum(flm.held_out_loss(net, flm.flow_loss, corpus, sys.maxsize)) / 10
-                          for net in (flow, bayes.to(device)))
+        return dict(perplexity=judge([until_end(text, end) for text in texts]), entropy=unigram_entropy(texts),
+                    distinct=len(set(map(tuple, texts))) / len(texts),
+                    training=float(found(rows.numpy(), corpus.splits["train"], padded).mean()),
+                    heldout=float(found(rows.numpy(), corpus.splits["heldout"], padded).mean())
+                    ) | ({} if reference is None else dict(as_flow=likeness(rows.tolist(), reference.tolist(), end, padded)))
     counts, tokens = Counter(chain(*texts[0])), list(chain(*texts[1]))
-    unigram = sum(math.log((counts.total() + flow.V) / (counts[token] + 1)) for token in tokens) / len(tokens)
     report = dict(run=folder.resolve().name, judge=name, num_samples=n, seeds=list(range(args.seed, args.seed + args.seeds)),
                   batch_size=min(n, flm.rows_at_once(flow)), device=str(device), threads=torch.get_num_threads(),
-                  heldout_loss=loss, heldout_loss_without_context=context_free, unigram_nats=unigram,
+                  loss=mean(flm.held_out_loss(flow, flm.flow_loss, corpus, sys.maxsize)),
+                  context_free_loss=context_free_loss(flow, corpus),
+                  unigram_nats=mean(math.log((counts.total() + flow.V) / (counts[token] + 1)) for token in tokens),
                   likelihood={kind: likelihood(model, heldout, len(tokens), args.seed) for kind, model in models.items()
                               if kind != "fmlm"},
                   heldout_text=measure(heldout[:n]), samples=[])
-    print(f"held-out loss of the flow {loss:.4f} nats a position, {loss / context_free:.3f} of Bayes' rule without context "
-          f"({context_free:.4f})\n\n{'held-out likelihood':24}{'nats a token':>18}{'bits':>10}{'perplexity':>12}")
+    print(f"held-out loss of the flow {report['loss']:.4f} nats a position, Bayes' rule without context "
+          f"{report['context_free_loss']:.4f}: {report['loss'] / report['context_free_loss']:.3f}\n\n"
+          f"{'held-out likelihood':24}{'nats a token':>18}{'bits':>10}{'perplexity':>12}")
     for kind, result in report["likelihood"].items():
         print(f"{kind + (', at most' if result['bound'] else ', exact'):24}{result['nats']:10.3f} +- "
               f"{result['standard_error']:.3f}{result['bits']:10.3f}{result['perplexity']:12.2f}")
-    print(f"{'unigram frequencies':24}{unigram:10.3f}{'':9}{unigram / math.log(2):10.3f}{math.exp(unigram):12.2f}\n")
-    print(f"{n} samples, {len(report['seeds'])} x, {report['batch_size']} at once, {device}, {report['threads']} threads, "
-          f"{name} judge")
-    print(f"{'':10}{'perplexity':>12}{'entropy':>10}{'distinct':>10}{'training':>10}{'held out':>10}{'as flow':>10}"
-          f"{'seconds':>10}{'tokens/s':>12}")
-    print(line("held out", report["heldout_text"]), flush=True)
-    references = {}
-    for kind, model in models.items():
+    unigram = report["unigram_nats"]
+    print(f"{'unigram frequencies':24}{unigram:10.3f}{'':8}{unigram / math.log(2):10.3f}{math.exp(unigram):12.2f}\n\n"
+          f"{n} samples x {args.seeds}, {report['batch_size']} at once, {device}, {report['threads']} threads, {name} judge\n"
+          f"{'':12}{'perplexity':>12}{'entropy':>10}{'distinct':>10}{'training':>10}{'held out':>10}{'as flow':>10}"
+          f"{'seconds':>10}{'tokens/s':>12}\n{line('held out', report['heldout_text'])}", flush=True)
+    samplers = {"flm": ("flm", flm.sample), "flm+noise": ("flm", partial(flm.sample, renoise=args.renoise)),
+                "fmlm": ("fmlm", distill.sample), "mdlm": ("mdlm", baselines.mdlm_sample), "ar": ("ar", baselines.ar_sample)}
+    flows = {}
+    for label, (kind, sample) in samplers.items():
+        if kind not in models or label == "flm+noise" and not args.renoise:
+            continue
         for steps in sorted(set(args.steps), reverse=True) if kind != "ar" else [corpus.seq_len]:
             runs = []
             for seed in report["seeds"]:
                 begin = time.perf_counter()
-                rows = SAMPLERS[kind](model, n, steps, seed)
+                rows = sample(models[kind], n, steps, seed)
                 seconds = time.perf_counter() - begin
-                references.setdefault(seed, rows)  # the flow's, of the most steps, come first
-                runs.append(measure(rows, references[seed] if kind in ("flm", "fmlm") else None)
+                flows.setdefault(seed, rows)  # those of the flow in the most steps come first
+                runs.append(measure(rows, flows[seed] if label in ("flm", "fmlm") else None)
                             | dict(seconds=seconds, tokens_per_s=rows.numel() / seconds))
             result = {name: mean(run[name] for run in runs) for name in runs[0]}
             if len(runs) > 1:
                 result |= {f"{name}_std": stdev(run[name] for run in runs) for name in ("perplexity", "entropy")}
-            report["samples"].append(dict(model=kind, steps=steps) | result)
-            print(line(f"{kind} {steps}", result), flush=True)
+            report["samples"].append(dict(model=label, steps=steps) | result)
+            print(line(f"{label} {steps}", result), flush=True)
     try:
         (folder / "quality.json").write_text(json.dumps(report, indent=1))
         plot(report, folder / "quality.png")

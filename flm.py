@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import Field, asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -151,32 +152,48 @@ def flow_loss(model: nn.Module, tokens: Tensor, rows: Rows) -> tuple[Tensor, Ten
     return model(state, tau, targets=tokens).mean(1), tau
 
 
-def euler(denoiser: Callable[[Tensor, Tensor], Tensor], state: Tensor, clock: Clock, steps: int,
-          clean: Callable[[Tensor], Tensor] = lambda probs: probs, path: bool = False):
-    """[FLM] Follows the flow from t = 0 to t = 1 in Euler steps that are uniform in tau.
+def euler(denoiser: Callable[[Tensor, Tensor, Tensor], Tensor], state: Tensor, clock: Clock, steps: int,
+          clean: Callable[[Tensor], Tensor] = lambda probs: probs, renoise: float = 0.0,
+          noise: Callable[[int], Tensor] | None = None, path: bool = False):
+    """[FLM] Goes from noise, t = 0, to data, t = 1, in Euler steps that are uniform in tau.
 
-    denoiser(state, tau (B,)) -> probs (B, L, V), the expectation of the clean one-hots; `clean` maps probs to the space
-    of the state. Returns the last probs, whose argmax is the text; with path=True also [(tau, state, probs), ...], what
-    each evaluation saw and said.
+    denoiser(state, tau_s (B,), tau_t (B,)) -> probs (B, L, V): for a flow D_s, the expectation of the clean one-hots,
+    whatever tau_t is; for a flow map delta_{s,t}, whose steps are exact. `clean` maps probs to the space of the state.
+
+    With renoise, up to 1, a step goes on to a later t~, 1 - t~ = (1 - t') sqrt(1 - renoise^2), and returns to t' with fresh
+    noise(step), scaled so that the law of x_t' stays (the paper's "gamma-sampling" keeps it at 0 and 1 only). Errors of
+    earlier steps are forgotten, and the text is no longer a function of the first noise alone.
+
+    Returns the last probs, whose argmax is the text; with path=True also [(tau, state, probs), ...], what each evaluation
+    saw and said.
     """
     seen = []
     taus = torch.linspace(0, 1, steps + 1, device=state.device)
     ts = clock.t(taus)
-    for tau, t, t_next in zip(taus, ts, ts[1:]):
-        probs = denoiser(state, tau.expand(len(state)))
+    for step, (tau, t, t_next) in enumerate(zip(taus, ts, ts[1:])):
+        t_far = 1 - (1 - t_next) * math.sqrt(1 - renoise**2)
+        probs = denoiser(state, tau.expand(len(state)), clock.tau(t_far).expand(len(state)))
         if path:
             seen.append((tau, state, probs))
-        state = state + (t_next - t) / (1 - t) * (clean(probs) - state)  # velocity b_t = (D_t - x) / (1 - t)
+        state = state + (t_far - t) / (1 - t) * (clean(probs) - state)  # velocity b_t = (D_t - x) / (1 - t)
+        if renoise and step + 1 < steps:
+            shrink = t_next / t_far  # x_t~ has t~ of the token and 1 - t~ of the noise
+            fresh = ((1 - t_next) ** 2 - (shrink * (1 - t_far)) ** 2).clamp(min=0).sqrt()
+            state = shrink * state + fresh * noise(step)
     return (probs, seen) if path else probs
 
 
 @torch.no_grad()
-def sample(model: nn.Module, n: int, steps: int, seed: int) -> Tensor:
-    """Writes n texts in `steps` network evaluations: tokens (n, L). Text i is a pure function of (seed, i, steps)."""
-    def denoiser(state: Tensor, tau: Tensor) -> Tensor:
-        return model(state, tau).softmax(-1)
+def sample(model: nn.Module, n: int, steps: int, seed: int, renoise: float = 0.0,
+           denoiser: Callable | None = None) -> Tensor:
+    """Writes n texts in `steps` network evaluations: tokens (n, L). Text i is a pure function of (seed, i, steps, renoise).
+    `denoiser`, as in euler; left out: the flow's."""
+    def D(state: Tensor, tau_s: Tensor, tau_t: Tensor) -> Tensor:
+        return model(state, tau_s).softmax(-1)
+
     def solve(rows: Rows) -> Tensor:
-        return euler(denoiser, start(model, rows), model.clock, steps, model.clean).argmax(-1)
+        return euler(denoiser or D, start(model, rows), model.clock, steps, model.clean, renoise,
+                     lambda step: start(model, rows.fresh(step))).argmax(-1)
     return write(model, n, seed, solve)
 
 
@@ -288,10 +305,11 @@ class Transformer(nn.Module):
     N(0, E^T E) has the law of eps E and every sampler step is linear in x_t, so nothing is ever V-dimensional but logits.
 
     posterior (ours): the state is x_t in R^V. The network reads the embedding of what Bayes' rule alone knows of each
-    token, softmax(log p + c x_t), c = t/(1-t)^2, adds log p + c x_t to its logits, and learns only what context adds.
+    token, softmax(log p + c x_t), c = t/(1-t)^2, adds log p + c x_t to its logits, and learns only what context adds. That
+    embedding has a vector `blank` added, without which layer norm would make an unsure token as loud as a sure one.
 
     `kind` is the model it serves: flm, fmlm or, in baselines.py, ar (causal) and mdlm (masked). Those two read embeddings,
-    and `special` where there is no token: before the first and at a mask.
+    and `blank` where there is no token: before the first and at a mask.
     """
 
     def __init__(self, config: "Config", V: int, log_p: Tensor, kind: str = "flm"):
@@ -310,7 +328,7 @@ class Transformer(nn.Module):
         self.norm = LayerNorm(D)
         self.modulation = nn.Linear(config.cond_width, 2 * D)
         self.head = nn.Linear(D, V)
-        self.special = nn.Parameter(torch.zeros(D)) if kind in ("ar", "mdlm") else None
+        self.blank = nn.Parameter(torch.zeros(D)) if not self.linear or kind in ("ar", "mdlm") else None
         self.gain = None if self.linear else nn.Parameter(torch.zeros(config.cond_width))  # of a map on its noise
         angles = torch.arange(config.seq_len)[:, None, None, None] * 10000 ** -(
             torch.arange(0, D // config.heads, 2) / (D // config.heads))
@@ -331,11 +349,10 @@ class Transformer(nn.Module):
         self.time_t.requires_grad_(False)  # a flow has no second time: distillation thaws what is its own
         if self.gain is not None:
             self.gain.requires_grad_(False)
-        if self.special is not None:
-            nn.init.normal_(self.special, std=0.6)
-        if self.special is not None or not self.linear:
+        if self.blank is not None:
             nn.init.normal_(self.head.weight, std=0.1)
             nn.init.normal_(self.embedding, std=0.6)
+            nn.init.normal_(self.blank, std=0.6)
             for block in self.blocks:
                 nn.init.zeros_(block.out.weight)
                 nn.init.zeros_(block.mlp[2].weight)
@@ -391,7 +408,7 @@ class Transformer(nn.Module):
             gain = (tau_t - tau_s) * (cond @ self.gain)
             skip = torch.addcmul(bayes, gain[:, None, None], state)
         with torch.autocast(state.device.type, torch.bfloat16, enabled=bool(self.config.bf16)):
-            x = state if self.linear else bayes.softmax(-1) @ self.embedding  # [FLM]
+            x = state if self.linear else bayes.softmax(-1) @ self.embedding + self.blank  # [FLM]
             before = past[0][0].shape[-2] if past and past[0] else 0
             here = slice(before, before + x.shape[1])
             if self.position is not None:
@@ -483,6 +500,7 @@ class Config(Network):
     stop_after: int = setting(0, "stop and save after this step, as if interrupted; 0: go to the end", 0)
     sample: bool = setting(False, "write samples of a trained model, one a line, instead of training")
     sample_steps: int = setting(64, "network evaluations for a text", 1)
+    renoise: float = setting(0.0, "share of fresh noise between the steps of --sample, from 0, none, to 1", 0, 1)
     num_samples: int = setting(16, "texts to write", 1)
     out: str = setting("", "file for the samples; left out: standard output")
 
@@ -816,7 +834,7 @@ def command_line(argv: list[str]) -> tuple[dict, set[str]]:
 def main(argv: list[str]) -> None:
     settings, given = command_line(argv)
     if settings["sample"]:
-        return write_samples(Config(**settings), "flm", sample)
+        return write_samples(Config(**settings), "flm", partial(sample, renoise=settings["renoise"]))
     data.source_file(settings["dataset"])
     config = Config(**open_folder(settings, given, "flm", Config))
     check(config)

@@ -70,7 +70,7 @@ def command(line: str, processes: int = 0, program: str = "flm.py") -> subproces
 
 def exact_denoiser(log_p: torch.Tensor, clock: flm.Clock):
     """Truth 1: E[x1 | x_t] of independent positions with frequencies p."""
-    def denoiser(state, tau):
+    def denoiser(state, tau, tau_t=None):
         t = clock.t(tau)[:, None, None]
         return torch.softmax(log_p + t / (1 - t) ** 2 * state, -1)
     return denoiser
@@ -80,7 +80,7 @@ def two_phrases(clock: flm.Clock):
     """Truth 9: E[x1 | x_t] where "new york" (tokens 0 1) and "san diego" (2 3) are all there is, by Bayes' rule."""
     phrases = F.one_hot(torch.tensor([[0, 1], [2, 3]]), 4).float().flatten(1)
 
-    def denoiser(state, tau):
+    def denoiser(state, tau, tau_t=None):
         t = clock.t(tau)[:, None, None]
         score = (t / (1 - t).clamp(min=1e-3) ** 2 * state).flatten(1) @ phrases.T
         return (score.softmax(-1) @ phrases).view_as(state)
@@ -141,6 +141,9 @@ def test_the_euler_sampler_is_of_first_order():
     class Uniform:  # the clock that divides [0, .8] evenly in t
         def t(self, tau):
             return 0.8 * tau
+
+        def tau(self, t):
+            return t / 0.8
     p = torch.tensor([0.4, 0.25, 0.2, 0.1, 0.05], dtype=torch.float64)
     noise, clock = torch.randn(500, 1, 5, dtype=torch.float64), Uniform()
     end = {}
@@ -180,8 +183,8 @@ def test_a_sampler_in_vocabulary_space_and_one_in_embedding_space_agree():
     """Truth 6: the linear network sees x_t only through x_t E, and every step is linear: equal to float64 rounding."""
     model = network(11, "--parameterization linear --width 8 --seq-len 5", dtype=torch.float64).eval()
     eps = torch.randn(3, 5, 11, dtype=torch.float64)
-    small = flm.euler(lambda h, tau: model(h, tau).softmax(-1), eps @ model.embedding, model.clock, 16, model.clean)
-    large = flm.euler(lambda x, tau: model(x @ model.embedding, tau).softmax(-1), eps, model.clock, 16)
+    small = flm.euler(lambda h, tau, _: model(h, tau).softmax(-1), eps @ model.embedding, model.clock, 16, model.clean)
+    large = flm.euler(lambda x, tau, _: model(x @ model.embedding, tau).softmax(-1), eps, model.clock, 16)
     assert (small - large).abs().max() < 1e-12
     assert small.std() > 0.05  # of probabilities that do differ
 
@@ -495,7 +498,7 @@ def test_few_steps_of_the_exact_map_keep_the_law_for_every_renoise(kind, renoise
 
     def noise(step):
         return model.noise(torch.randn(n, 1, 2))
-    probs = distill.few_steps(delta, model, noise(0), 4, renoise, noise)
+    probs = flm.euler(delta, noise(0), model.clock, 4, model.clean, renoise, noise)
     assert abs(probs[..., 1].mean() - model.p) < 4 * math.sqrt(model.p * (1 - model.p) / n)
     if 0 < renoise < 1:
         t, start, zero = model.clock.t(torch.tensor([0.5])), noise(0), torch.zeros(n)
@@ -599,7 +602,7 @@ class Frequencies(torch.nn.Module):
     def __init__(self, table: torch.Tensor, L: int):
         super().__init__()
         self.kind, self.V, self.device, self.blocks = "ar", 3, torch.device("cpu"), []
-        self.table, self.special = table.log(), torch.zeros(3)
+        self.table, self.blank = table.log(), torch.zeros(3)
         self.config = type("Config", (), dict(seq_len=L))
 
     def clean(self, tokens):
@@ -648,7 +651,7 @@ class MaskedPhrases(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.kind, self.V, self.device, self.special = "mdlm", 4, torch.device("cpu"), torch.zeros(4)
+        self.kind, self.V, self.device, self.blank = "mdlm", 4, torch.device("cpu"), torch.zeros(4)
         self.config = type("Config", (), dict(seq_len=2))
 
     def clean(self, tokens):
@@ -1205,6 +1208,8 @@ BAD_EVALUATIONS = {
     "--run-dir run --steps 4 0": "--steps [4, 0]: must be 1 or more",
     "--run-dir run --num-samples 0": "--num-samples 0: must be 1 or more",
     "--run-dir run --seeds 0": "--seeds 0: must be 1 or more",
+    "--run-dir run --renoise 2": "--renoise 2.0: must be 0 or more, 1 or less",
+    "--run-dir run --judge nobody": "--judge nobody: ",
     "--run-dir changed": "changed/mdlm.pt: does not fit this program (the tokenizer.json beside it is another's); train",
 }
 
@@ -1238,10 +1243,10 @@ def test_an_evaluation_compares_all_models_of_a_run(folder, capsys):
         reports.append(json.loads(Path("runs/words/quality.json").read_text()))
         tables.append(capsys.readouterr().out)
     points = [(result["model"], result["steps"]) for result in reports[0]["samples"]]
-    assert points == [("flm", 3), ("flm", 1), ("fmlm", 3), ("fmlm", 1), ("mdlm", 3), ("mdlm", 1), ("ar", 16)]
+    assert points == [("flm", 3), ("flm", 1), ("flm+noise", 3), ("flm+noise", 1), ("fmlm", 3), ("fmlm", 1), ("mdlm", 3), ("mdlm", 1), ("ar", 16)]
     assert Path("runs/words/quality.png").read_bytes().startswith(b"\x89PNG")
     for one, two, both, other in zip(*(report["samples"] for report in reports)):
-        assert f"{one['model']} {one['steps']}".ljust(10) + f"{one['perplexity']:12.2f}{one['entropy']:10.3f}" in tables[0]
+        assert f"{one['model']} {one['steps']}".ljust(12) + f"{one['perplexity']:12.2f}{one['entropy']:10.3f}" in tables[0]
         a, b = one["perplexity"], two["perplexity"]
         assert math.isclose(both["perplexity"], (a + b) / 2) and math.isclose(both["perplexity_std"], abs(a - b) / 2**0.5)
         assert {k: v for k, v in one.items() if k in ("entropy", "distinct", "heldout", "as_flow")} == {
