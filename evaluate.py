@@ -230,7 +230,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--run-dir", default="runs/words", help="folder of a finished run")
     parser.add_argument("--judge", default="ngram", help="ngram, ar, or a causal language model of Hugging Face")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16, 64], help="network evaluations for a text")
-    parser.add_argument("--renoise", type=float, default=0.3, help="share of fresh noise in the steps of flm+noise; 0: leave out")
+    parser.add_argument("--renoise", type=float, default=0.3, help="share of fresh noise in flm+noise; 0: leave it out")
     parser.add_argument("--num-samples", type=int, default=1000, help="texts judged for each number of steps")
     parser.add_argument("--seeds", type=int, default=1, help="sets of texts, for mean and standard deviation")
     parser.add_argument("--seed", type=int, default=0, help="the first of their seeds")
@@ -339,7 +339,7 @@ def main(argv: list[str]) -> None:
               f"{result['standard_error']:.3f}{result['bits']:10.3f}{result['perplexity']:12.2f}")
     unigram = report["unigram_nats"]
     print(f"{'unigram frequencies':24}{unigram:10.3f}{'':8}{unigram / math.log(2):10.3f}{math.exp(unigram):12.2f}\n\n"
-          f"{n} samples x {args.seeds}, {report['batch_size']} at once, {device}, {report['threads']} threads, {name} judge\n"
+          f"{n} samples x {args.seeds}, {report['batch_size']} at once, {device}, {torch.get_num_threads()} threads, {name} judge\n"
           f"{'':12}{'perplexity':>12}{'entropy':>10}{'distinct':>10}{'training':>10}{'held out':>10}{'as flow':>10}"
           f"{'seconds':>10}{'tokens/s':>12}\n{line('held out', report['heldout_text'])}", flush=True)
     samplers = {"flm": ("flm", flm.sample), "flm+noise": ("flm", partial(flm.sample, renoise=args.renoise)),
