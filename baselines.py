@@ -103,7 +103,8 @@ def mdlm_sample(model: Transformer, n: int, steps: int, seed: int) -> Tensor:
 # -------------------------------------------------------------------------------------------------- 3. Command line
 
 LOSSES, SAMPLERS = {"ar": ar_loss, "mdlm": mdlm_loss}, {"ar": ar_sample, "mdlm": mdlm_sample}
-PRESETS = {"ar": {}, "mdlm": {}}
+PRESETS = {"ar": {"words": dict(lr=6e-3), "sotu": dict(lr=1e-2)},  # each the best of three
+           "mdlm": {"words": dict(lr=3e-3), "sotu": dict(lr=5e-3)}}
 
 
 @dataclass
@@ -114,10 +115,12 @@ class Config(flm.Config):
     parameterization: str = setting("linear", "")  # both read embeddings
     run_dir: str = setting("runs/words", "folder of a run of flm.py")
     sample_steps: int = setting(64, "network evaluations for a text of mdlm", 1)
+    renoise: float = setting(0.0, "")
 
 
 def command_line(argv: list[str]) -> tuple[dict, set[str]]:
-    return join.command_line(argv, Config, __doc__, {})
+    changed = {f"{kind} on {dataset}": preset for kind in PRESETS for dataset, preset in PRESETS[kind].items()}
+    return join.command_line(argv, Config, __doc__, changed)
 
 
 def main(argv: list[str]) -> None:

@@ -308,11 +308,11 @@ def main(argv: list[str]) -> None:
     texts = [[until_end(row, end) if padded else row for row in split.tolist()] for split in (train, heldout)]
     if args.judge == "ngram":
         order = 5 if corpus.tokenizer.kind == "chars" else 3
-        judge, name = NGram(texts[0], flow.V, order), f"{order}-gram"
+        judge, name = NGram(texts[0], flow.V, order), f"{order}-gram judge"
     elif args.judge == "ar":
-        judge, name = ar_judge(models["ar"]), "the run's ar"
+        judge, name = ar_judge(models["ar"]), "the run's ar judges"
     else:
-        judge, name = hugging_face(args.judge, corpus.tokenizer, device), args.judge
+        judge, name = hugging_face(args.judge, corpus.tokenizer, device), f"{args.judge} judges"
 
     def measure(rows: Tensor, reference: Tensor | None = None) -> dict:
         rows = rows.masked_fill((rows == end).cumsum(1) > 0, end) if padded else rows  # behind the end there is no text
@@ -338,8 +338,8 @@ def main(argv: list[str]) -> None:
         print(f"{kind + (', at most' if result['bound'] else ', exact'):24}{result['nats']:10.3f} +- "
               f"{result['standard_error']:.3f}{result['bits']:10.3f}{result['perplexity']:12.2f}")
     unigram = report["unigram_nats"]
-    print(f"{'unigram frequencies':24}{unigram:10.3f}{'':8}{unigram / math.log(2):10.3f}{math.exp(unigram):12.2f}\n\n"
-          f"{n} samples x {args.seeds}, {report['batch_size']} at once, {device}, {torch.get_num_threads()} threads, {name} judge\n"
+    print(f"{'unigram frequencies':24}{unigram:10.3f}{'':8}{unigram / math.log(2):10.3f}{math.exp(unigram):12.2f}\n")
+    print(f"{n} samples x {args.seeds}, {report['batch_size']} at once on {device}, {report['threads']} threads; {name}\n"
           f"{'':12}{'perplexity':>12}{'entropy':>10}{'distinct':>10}{'training':>10}{'held out':>10}{'as flow':>10}"
           f"{'seconds':>10}{'tokens/s':>12}\n{line('held out', report['heldout_text'])}", flush=True)
     samplers = {"flm": ("flm", flm.sample), "flm+noise": ("flm", partial(flm.sample, renoise=args.renoise)),
