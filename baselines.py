@@ -51,13 +51,14 @@ def ar_sample(model: Transformer, n: int, steps: int, seed: int) -> Tensor:
 
 
 def pick(probs: Tensor, uniform: Tensor) -> Tensor:
-    """Tokens (N,) of the distributions probs (N, V), by inverting their sums at uniform (N,), float64."""
-    return (probs.double().cumsum(-1) < uniform[:, None]).sum(-1).clamp(max=probs.shape[-1] - 1)
+    """Tokens (N,) of the distributions probs (N, V), by inverting their sums at uniform (N,)."""
+    sums = probs.cumsum(-1)
+    return (sums < uniform[:, None] * sums[:, -1:]).sum(-1).clamp(max=probs.shape[-1] - 1)
 
 
 def uniforms(rows: Rows, L: int, dims: int, device: torch.device) -> Tensor:
-    """Even draws from (0, 1), (B, L, dims), float64."""
-    return torch.special.ndtr(rows.draw(L, dims, device)[1].double())
+    """Even draws from (0, 1), (B, L, dims)."""
+    return torch.special.ndtr(rows.draw(L, dims, device)[1])
 
 
 # --------------------------------------------------------------------------------------------- 2. Masked diffusion
@@ -82,20 +83,19 @@ def mdlm_loss(model: Transformer, tokens: Tensor, rows: Rows) -> tuple[Tensor, T
 def mdlm_sample(model: Transformer, n: int, steps: int, seed: int) -> Tensor:
     """Writes n texts in `steps` evaluations of ancestral sampling: tokens (n, L).
 
-    From tau to tau' a masked token is revealed with probability (tau' - tau) / (1 - tau), drawn from its own distribution:
-    tokens that come in one step do not know of each other.
+    Each token has a time, even in (0, 1), at which it is revealed, drawn from its own distribution: so from tau to tau' a
+    masked one comes with probability (tau' - tau) / (1 - tau). Tokens that come in one step do not know of each other.
     """
     def solve(rows: Rows) -> Tensor:
         B, L = len(rows.index), model.config.seq_len
         tokens = torch.zeros(B, L, dtype=torch.long, device=model.device)
-        known = torch.zeros_like(tokens, dtype=torch.bool)
+        when, uniform = uniforms(rows, L, 2, model.device).clamp(max=1 - 1e-7).unbind(-1)
         grid = torch.linspace(0, 1, steps + 1, device=model.device)
-        for step, (tau, tau_next) in enumerate(zip(grid, grid[1:])):
-            uniform = uniforms(rows.fresh(step), L, 2, model.device)
-            come = ~known & (uniform[..., 0] < (tau_next - tau) / (1 - tau))
+        for tau, tau_next in zip(grid, grid[1:]):
+            known = when < tau
+            come = ~known & (when < tau_next)
             logits = model(reveal(model, tokens, known), tau.expand(B))
-            tokens[come] = pick(logits[come].softmax(-1), uniform[come][:, 1])
-            known |= come
+            tokens[come] = pick(logits[come].softmax(-1), uniform[come])
         return tokens
     return flm.write(model, n, seed, solve)
 
@@ -115,7 +115,7 @@ class Config(flm.Config):
     parameterization: str = setting("linear", "")  # both read embeddings
     run_dir: str = setting("runs/words", "folder of a run of flm.py")
     sample_steps: int = setting(64, "network evaluations for a text of mdlm", 1)
-    renoise: float = setting(0.0, "")
+    churn: float = setting(0.0, "")  # for flows
 
 
 def command_line(argv: list[str]) -> tuple[dict, set[str]]:

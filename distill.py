@@ -60,7 +60,11 @@ def flow_map(model: nn.Module, state: Tensor, tau_s: Tensor, tau_t: Tensor) -> T
 
 def sample(model: Transformer, n: int, steps: int, seed: int, renoise: float = 0.0, delta: Delta | None = None) -> Tensor:
     """Writes n texts in `steps` evaluations of the map: tokens (n, L), from the noise that flm.sample has for this seed."""
-    return flm.sample(model, n, steps, seed, renoise, delta or mean_denoiser(model))
+    def solve(rows: Rows) -> Tensor:
+        return flm.euler(delta or mean_denoiser(model), flm.start(model, rows), model.clock, steps, model.clean,
+                         (lambda t, t_next: renoise) if renoise else None,
+                         lambda step: flm.start(model, rows.fresh(step))).argmax(-1)
+    return flm.write(model, n, seed, solve)
 
 
 # -------------------------------------------------------------------------------------------------- 2. Objectives
@@ -250,6 +254,8 @@ class Config(flm.Config):
     objective: str = setting("semigroup", "what the map is trained to obey", choices=(*TARGETS, "two-stage"))
     teacher: str = setting("", "flow that teaches, a checkpoint or its folder; left out: the run's; none: the text teaches "
                                "a new network of its shape")
+    renoise: float = setting(0.0, "share of fresh noise between the steps of --sample: 0, the plain map, to 1, all", 0, 1)
+    churn: float = setting(0.0, "")  # for flows
     beta2: float = setting(0.95, "AdamW's second beta", 0, 1)
     dropout: float = setting(0.0, "on the residual branches", 0, 1)
     taught: int = setting(0, "")  # fingerprint of the teacher

@@ -10,7 +10,9 @@ entropy     of the frequencies of the tokens in one sample, nats, their mean. Lo
             never quote one without the other
 distinct    share of different samples; training, held out: share found there whole
 as flow     share of tokens that equal those of the flow's text of the most steps, from the same noise
-flm+noise   the flow with a share of fresh noise in each step (flm.py --renoise)
+flm+noise   the flow with fresh noise in each step (flm.py --churn)
+
+The run's own ar judges its own samples too well. fmlm has seen its flow's tokens and those of its distillation.
 """
 
 import argparse
@@ -37,7 +39,7 @@ import distill
 import flm
 import join
 from data import UserError
-from run import Parser, guard, setup
+from run import Parser, guard, program, say, setup
 
 # ----------------------------------------------------------------------------------------------------- 1. The judges
 # A judge gives texts, lists of ids that stop behind the first end token, their perplexity: exp of the mean nats a token.
@@ -118,6 +120,8 @@ def hugging_face(name: str, tokenizer: data.Tokenizer, device: torch.device) -> 
     except Exception as error:  # its hub client and its loaders raise many kinds
         raise UserError(f"--judge {name}: could not be loaded ({type(error).__name__}); give ngram, ar, or the name or "
                         "folder of a causal language model") from None
+    if codec.eos_token_id is None:
+        raise UserError(f"--judge {name}: its tokenizer has no end token, so it cannot tell where a text ends; give another")
     most = getattr(model.config, "max_position_embeddings", None) or 2**31
 
     @torch.no_grad()
@@ -135,7 +139,9 @@ def hugging_face(name: str, tokenizer: data.Tokenizer, device: torch.device) -> 
             logits = model(rows, attention_mask=read.long()).logits.float()
             scores = F.cross_entropy(logits[:, :-1].mT, rows[:, 1:], reduction="none")[read[:, 1:]]
             nats, count = nats + scores.double().sum().item(), count + len(scores)
-        return math.exp(nats / count) if count else math.nan
+        if not count:
+            raise UserError(f"--judge {name}: no text has two of its tokens, so there is nothing to score; give ngram")
+        return math.exp(nats / count)
     return judge
 
 
@@ -165,19 +171,10 @@ def likeness(a: Sequence[Sequence[int]], b: Sequence[Sequence[int]], end: int, p
     return sum(x == y for x, y in pairs) / len(pairs)
 
 
-def found(rows: np.ndarray, split: np.ndarray, padded: bool) -> np.ndarray:
-    """Which of the rows (n, L) are in a split of tokens (N,), a row of it or, if not padded, at any place: (n,) of bool."""
-    return np.isin(fingerprints(rows.ravel(), rows.shape[1])[:: rows.shape[1]],
-                   fingerprints(split, rows.shape[1])[:: rows.shape[1] if padded else 1])
-
-
-def fingerprints(tokens: np.ndarray, L: int) -> np.ndarray:
-    """A 64-bit hash of the L tokens from each place of (N,) on: sums with random weights, modulo 2^64."""
-    weights, n = np.random.default_rng(0).integers(2**64, size=L, dtype=np.uint64), len(tokens) - L + 1
-    hashes = np.zeros(n, np.uint64)
-    for i, weight in enumerate(weights):
-        hashes += weight * (tokens[i : i + n].astype(np.uint64) + np.uint64(1))
-    return hashes
+def fingerprints(tokens: np.ndarray, L: int, stride: int) -> np.ndarray:
+    """A 64-bit hash of the L tokens from each `stride`-th place of (N,) on: sums with random weights, modulo 2^64."""
+    weights, last = np.random.default_rng(0).integers(2**64, size=L, dtype=np.uint64), len(tokens) - L + 1
+    return sum(weight * (tokens[i : i + last : stride].astype(np.uint64) + np.uint64(1)) for i, weight in enumerate(weights))
 
 
 # ------------------------------------------------------------------------------------------------- 3. The likelihood
@@ -207,9 +204,13 @@ def likelihood_bound(model: torch.nn.Module, tokens: Tensor, rows: flm.Rows, las
 
 @torch.no_grad()
 def likelihood(model: flm.Transformer, heldout: Tensor, tokens: int, seed: int) -> dict:
-    """-log p of the held-out rows (n, L), in nats for each of their `tokens` tokens: exact for ar, an upper bound for flm
-    and mdlm, whose times are random: the mean of 8 passes, in each of which a row has one time, and its standard error."""
-    nats = {"ar": lambda model, tokens, rows: baselines.ar_nats(model, tokens).sum(1), "flm": likelihood_bound,
+    """-log p of the held-out rows (n, L), in nats for each of their `tokens` tokens (of padded rows up to the end): exact
+    for ar, an upper bound for flm and mdlm, which also predict the padding. Their times are random: the mean of 8 passes,
+    in each of which a row has one time, and its standard error."""
+    def ar_nats(model: flm.Transformer, tokens: Tensor, rows: flm.Rows) -> Tensor:
+        ended = (tokens == model.tokenizer.end).cumsum(1) - (tokens == model.tokenizer.end).long() > 0
+        return (baselines.ar_nats(model, tokens) * ~(ended & (not model.config.packing))).sum(1)
+    nats = {"ar": ar_nats, "flm": likelihood_bound,
             "mdlm": lambda model, tokens, rows: baselines.mdlm_loss(model, tokens, rows)[0] * tokens.shape[1]}[model.kind]
     n, bound = len(heldout), model.kind != "ar"
     passes = []
@@ -217,7 +218,7 @@ def likelihood(model: flm.Transformer, heldout: Tensor, tokens: int, seed: int) 
         turned = heldout.roll(k * n // 8, 0)  # each row at times from all over
         rows = flm.Rows(seed, -2, range(n), n).fresh(k)
         passes.append(sum(nats(model, turned[i : i + b].to(model.device), replace(rows, index=range(i, min(i + b, n))))
-                          .double().sum().item() for b in [flm.rows_at_once(model)] for i in range(0, n, b)) / tokens)
+                          .cpu().double().sum().item() for b in [flm.rows_at_once(model)] for i in range(0, n, b)) / tokens)
     nats = mean(passes)
     return dict(bound=bound, nats=nats, bits=nats / math.log(2), perplexity=math.exp(nats),
                 standard_error=stdev(passes) / math.sqrt(8) if bound else 0.0)
@@ -230,7 +231,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--run-dir", default="runs/words", help="folder of a finished run")
     parser.add_argument("--judge", default="ngram", help="ngram, ar, or a causal language model of Hugging Face")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16, 64], help="network evaluations for a text")
-    parser.add_argument("--renoise", type=float, default=0.3, help="share of fresh noise in flm+noise; 0: leave it out")
+    parser.add_argument("--churn", type=float, default=1.0, help="fresh noise in the steps of flm+noise; 0: leave it out")
     parser.add_argument("--num-samples", type=int, default=1000, help="texts judged for each number of steps")
     parser.add_argument("--seeds", type=int, default=1, help="sets of texts, for mean and standard deviation")
     parser.add_argument("--seed", type=int, default=0, help="the first of their seeds")
@@ -240,8 +241,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name in ("num_samples", "seeds", "steps"):
         if np.min(value := getattr(args, name)) < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
-    if not 0 <= args.renoise <= 1:
-        raise UserError(f"--renoise {args.renoise}: must be 0 or more, 1 or less")
+    for name in ("churn", "threads"):
+        if not getattr(args, name) >= 0:
+            raise UserError(f"--{name} {getattr(args, name)}: must be 0 or more")
     return args
 
 
@@ -250,11 +252,11 @@ COLUMNS = dict(perplexity="12.2f", entropy="10.3f", distinct="10.3f", training="
 
 
 def line(name: str, result: dict) -> str:
-    """A row of the table; standard deviations stand behind what has one."""
+    """A row of the table, with the standard deviations behind it."""
     cells = (" " * int(form.split(".")[0]) if result.get(column) is None else f"{result[column]:{form}}"
-             + (f" +-{result[column + '_std']:<6.2g}" if column + "_std" in result else "")
              for column, form in COLUMNS.items())
-    return f"{name:12}" + "".join(cells)
+    spread = (f" +- {result[column]:.2g} {column[:-4]}" for column in ("perplexity_std", "entropy_std") if column in result)
+    return f"{name:12}" + "".join(cells) + ",".join(spread)
 
 
 def plot(report: dict, path: Path) -> None:
@@ -287,8 +289,16 @@ def find(folder: Path, judge: str, device: torch.device) -> tuple[dict[str, flm.
               if kind in ("flm", judge) or (folder / f"{kind}.pt").exists()}
     dataset = join.text_of(folder)
     corpus = flm.corpus_of(replace(models["flm"].config, dataset=dataset))
-    for model in models.values():
+    for kind, model in models.items():
         join.check_text(model, corpus, dataset)
+        if model.config.seq_len != corpus.seq_len or model.config.packing != corpus.packing:
+            raise UserError(f"{folder / kind}.pt: has other rows than the flow; train it anew: {program(kind)} "
+                            f"--run-dir {folder} --overwrite")
+        if model.step < model.config.max_steps:
+            say(f"{folder / kind}.pt: is not finished, it has {model.step} of its {model.config.max_steps} steps")
+        model.config.bf16 = models["flm"].config.bf16  # one number format for all
+    if corpus.borrowed:
+        say(f"{dataset}: is too short to hold anything out, so held-out text is training text")
     return models, corpus
 
 
@@ -314,14 +324,19 @@ def main(argv: list[str]) -> None:
     else:
         judge, name = hugging_face(args.judge, corpus.tokenizer, device), f"{args.judge} judges"
 
+    splits = {name: fingerprints(corpus.splits[split], corpus.seq_len, corpus.seq_len if padded else 1)
+              for name, split in (("training", "train"), ("heldout", "heldout"))}
+
     def measure(rows: Tensor, reference: Tensor | None = None) -> dict:
         rows = rows.masked_fill((rows == end).cumsum(1) > 0, end) if padded else rows  # behind the end there is no text
         texts = [until_end(row, end) if padded else row for row in rows.tolist()]
-        return dict(perplexity=judge([until_end(text, end) for text in texts]), entropy=unigram_entropy(texts),
-                    distinct=len(set(map(tuple, texts))) / len(texts),
-                    training=float(found(rows.numpy(), corpus.splits["train"], padded).mean()),
-                    heldout=float(found(rows.numpy(), corpus.splits["heldout"], padded).mean())
-                    ) | ({} if reference is None else dict(as_flow=likeness(rows.tolist(), reference.tolist(), end, padded)))
+        prints = fingerprints(rows.numpy().ravel(), corpus.seq_len, corpus.seq_len)
+        result = dict(perplexity=judge([until_end(text, end) for text in texts]), entropy=unigram_entropy(texts),
+                      distinct=len(set(map(tuple, texts))) / len(texts))
+        result |= {name: float(np.isin(prints, there).mean()) for name, there in splits.items()}
+        if reference is not None:
+            result["as_flow"] = likeness(rows.tolist(), reference.tolist(), end, padded)
+        return result
     counts, tokens = Counter(chain(*texts[0])), list(chain(*texts[1]))
     report = dict(run=folder.resolve().name, judge=name, num_samples=n, seeds=list(range(args.seed, args.seed + args.seeds)),
                   batch_size=min(n, flm.rows_at_once(flow)), device=str(device), threads=torch.get_num_threads(),
@@ -342,11 +357,11 @@ def main(argv: list[str]) -> None:
     print(f"{n} samples x {args.seeds}, {report['batch_size']} at once on {device}, {report['threads']} threads; {name}\n"
           f"{'':12}{'perplexity':>12}{'entropy':>10}{'distinct':>10}{'training':>10}{'held out':>10}{'as flow':>10}"
           f"{'seconds':>10}{'tokens/s':>12}\n{line('held out', report['heldout_text'])}", flush=True)
-    samplers = {"flm": ("flm", flm.sample), "flm+noise": ("flm", partial(flm.sample, renoise=args.renoise)),
+    samplers = {"flm": ("flm", flm.sample), "flm+noise": ("flm", partial(flm.sample, churn=args.churn)),
                 "fmlm": ("fmlm", distill.sample), "mdlm": ("mdlm", baselines.mdlm_sample), "ar": ("ar", baselines.ar_sample)}
     flows = {}
     for label, (kind, sample) in samplers.items():
-        if kind not in models or label == "flm+noise" and not args.renoise:
+        if kind not in models or label == "flm+noise" and not args.churn:
             continue
         for steps in sorted(set(args.steps), reverse=True) if kind != "ar" else [corpus.seq_len]:
             runs = []
@@ -360,7 +375,7 @@ def main(argv: list[str]) -> None:
             result = {name: mean(run[name] for run in runs) for name in runs[0]}
             if len(runs) > 1:
                 result |= {f"{name}_std": stdev(run[name] for run in runs) for name in ("perplexity", "entropy")}
-            report["samples"].append(dict(model=label, steps=steps) | result)
+            report["samples"].append(dict(model=label, steps=steps, trained_steps=models[kind].step) | result)
             print(line(f"{label} {steps}", result), flush=True)
     try:
         (folder / "quality.json").write_text(json.dumps(report, indent=1))

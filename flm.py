@@ -131,7 +131,7 @@ def mix(*numbers: int) -> int:
     """Hashes integers to a 32-bit seed (a CPU generator reads no more); each round is murmur3's finaliser."""
     h = len(numbers)
     for number in numbers:
-        h = (h ^ number ^ (number >> 32)) * 0x9E3779B1 & 0xFFFFFFFF
+        h = (h ^ number ^ (number >> 32) * 0x85EBCA6B) * 0x9E3779B1 & 0xFFFFFFFF  # below 0, number >> 32 is -1
         h = (h ^ h >> 16) * 0x85EBCA6B & 0xFFFFFFFF
         h = (h ^ h >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
         h ^= h >> 16
@@ -153,16 +153,16 @@ def flow_loss(model: nn.Module, tokens: Tensor, rows: Rows) -> tuple[Tensor, Ten
 
 
 def euler(denoiser: Callable[[Tensor, Tensor, Tensor], Tensor], state: Tensor, clock: Clock, steps: int,
-          clean: Callable[[Tensor], Tensor] = lambda probs: probs, renoise: float = 0.0,
+          clean: Callable[[Tensor], Tensor] = lambda probs: probs, share: Callable[[Tensor, Tensor], Tensor] | None = None,
           noise: Callable[[int], Tensor] | None = None, path: bool = False):
     """[FLM] Goes from noise, t = 0, to data, t = 1, in Euler steps that are uniform in tau.
 
     denoiser(state, tau_s (B,), tau_t (B,)) -> probs (B, L, V): for a flow D_s, the expectation of the clean one-hots,
     whatever tau_t is; for a flow map delta_{s,t}, whose steps are exact. `clean` maps probs to the space of the state.
 
-    With renoise, up to 1, a step goes on to a later t~, 1 - t~ = (1 - t') sqrt(1 - renoise^2), and returns to t' with fresh
-    noise(step), scaled so that the law of x_t' stays (the paper's "gamma-sampling" keeps it at 0 and 1 only). Errors of
-    earlier steps are forgotten, and the text is no longer a function of the first noise alone.
+    With r = share(t, t'), up to 1, a step goes on to a later t~, 1 - t~ = (1 - t') sqrt(1 - r^2), and returns to t' with
+    fresh noise(step), scaled so that the law of x_t' stays if the step to t~ was exact: with a map for every r (the paper's
+    "gamma-sampling" keeps it at 0 and 1 only), with Euler steps in the limit of many, if r falls with their length.
 
     Returns the last probs, whose argmax is the text; with path=True also [(tau, state, probs), ...], what each evaluation
     saw and said.
@@ -171,12 +171,13 @@ def euler(denoiser: Callable[[Tensor, Tensor, Tensor], Tensor], state: Tensor, c
     taus = torch.linspace(0, 1, steps + 1, device=state.device)
     ts = clock.t(taus)
     for step, (tau, t, t_next) in enumerate(zip(taus, ts, ts[1:])):
-        t_far = 1 - (1 - t_next) * math.sqrt(1 - renoise**2)
+        again = share is not None and step + 1 < steps
+        t_far = 1 - (1 - t_next) * (1 - share(t, t_next) ** 2) ** 0.5 if again else t_next
         probs = denoiser(state, tau.expand(len(state)), clock.tau(t_far).expand(len(state)))
         if path:
             seen.append((tau, state, probs))
         state = state + (t_far - t) / (1 - t) * (clean(probs) - state)  # velocity b_t = (D_t - x) / (1 - t)
-        if renoise and step + 1 < steps:
+        if again:
             shrink = t_next / t_far  # x_t~ has t~ of the token and 1 - t~ of the noise
             fresh = ((1 - t_next) ** 2 - (shrink * (1 - t_far)) ** 2).clamp(min=0).sqrt()
             state = shrink * state + fresh * noise(step)
@@ -184,17 +185,24 @@ def euler(denoiser: Callable[[Tensor, Tensor, Tensor], Tensor], state: Tensor, c
 
 
 @torch.no_grad()
-def sample(model: nn.Module, n: int, steps: int, seed: int, renoise: float = 0.0,
-           denoiser: Callable | None = None) -> Tensor:
-    """Writes n texts in `steps` network evaluations: tokens (n, L). Text i is a pure function of (seed, i, steps, renoise).
-    `denoiser`, as in euler; left out: the flow's."""
-    def D(state: Tensor, tau_s: Tensor, tau_t: Tensor) -> Tensor:
+def sample(model: nn.Module, n: int, steps: int, seed: int, churn: float = 0.0) -> Tensor:
+    """Writes n texts in `steps` network evaluations: tokens (n, L). Text i is a pure function of (seed, i, steps, churn).
+
+    With churn > 0 steps take fresh noise and forget errors of earlier ones.
+    """
+    def denoiser(state: Tensor, tau_s: Tensor, tau_t: Tensor) -> Tensor:
         return model(state, tau_s).softmax(-1)
 
     def solve(rows: Rows) -> Tensor:
-        return euler(denoiser or D, start(model, rows), model.clock, steps, model.clean, renoise,
+        return euler(denoiser, start(model, rows), model.clock, steps, model.clean, diffusion(churn) if churn else None,
                      lambda step: start(model, rows.fresh(step))).argmax(-1)
     return write(model, n, seed, solve)
+
+
+def diffusion(churn: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """The share of fresh noise, r^2 = 1 - (SNR / SNR')^churn with SNR = t^2/(1-t)^2, that makes Euler steps those of a
+    diffusion with the flow's laws (Song et al. 2021); churn 1 is the ancestral sampler's."""
+    return lambda t, t_next: (1 - (t * (1 - t_next) / ((1 - t) * t_next)) ** (2 * churn)).clamp(min=0).sqrt()
 
 
 def start(model: nn.Module, rows: Rows) -> Tensor:
@@ -243,7 +251,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cap: float, causal: bool = False)
     Fused where that is faster: not on short rows on a CPU, nor with a cap.
     """
     if not cap and (q.is_cuda or q.shape[-2] > 64):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal and q.shape[-2] > 1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal and q.shape[-2] == k.shape[-2])
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if cap:
         scores = cap * torch.tanh(scores / cap)
@@ -305,11 +313,11 @@ class Transformer(nn.Module):
     N(0, E^T E) has the law of eps E and every sampler step is linear in x_t, so nothing is ever V-dimensional but logits.
 
     posterior (ours): the state is x_t in R^V. The network reads the embedding of what Bayes' rule alone knows of each
-    token, softmax(log p + c x_t), c = t/(1-t)^2, adds log p + c x_t to its logits, and learns only what context adds. That
-    embedding has a vector `blank` added, without which layer norm would make an unsure token as loud as a sure one.
+    token, softmax(log p + c x_t), c = t/(1-t)^2, adds log p + c x_t to its logits, and learns only what context adds.
 
     `kind` is the model it serves: flm, fmlm or, in baselines.py, ar (causal) and mdlm (masked). Those two read embeddings,
-    and `blank` where there is no token: before the first and at a mask.
+    and the vector `blank` in place of a token: before the first and at a mask. `posterior` adds `blank`, or a learned
+    position, to every reading: else layer norm makes an unsure token, whose mean embedding is short, as loud as a sure one.
     """
 
     def __init__(self, config: "Config", V: int, log_p: Tensor, kind: str = "flm"):
@@ -328,7 +336,8 @@ class Transformer(nn.Module):
         self.norm = LayerNorm(D)
         self.modulation = nn.Linear(config.cond_width, 2 * D)
         self.head = nn.Linear(D, V)
-        self.blank = nn.Parameter(torch.zeros(D)) if not self.linear or kind in ("ar", "mdlm") else None
+        blank = kind in ("ar", "mdlm") or not (self.linear or learned)
+        self.blank = nn.Parameter(torch.zeros(D)) if blank else None
         self.gain = None if self.linear else nn.Parameter(torch.zeros(config.cond_width))  # of a map on its noise
         angles = torch.arange(config.seq_len)[:, None, None, None] * 10000 ** -(
             torch.arange(0, D // config.heads, 2) / (D // config.heads))
@@ -350,9 +359,10 @@ class Transformer(nn.Module):
         if self.gain is not None:
             self.gain.requires_grad_(False)
         if self.blank is not None:
+            nn.init.normal_(self.blank, std=0.6)
+        if self.blank is not None or not self.linear:
             nn.init.normal_(self.head.weight, std=0.1)
             nn.init.normal_(self.embedding, std=0.6)
-            nn.init.normal_(self.blank, std=0.6)
             for block in self.blocks:
                 nn.init.zeros_(block.out.weight)
                 nn.init.zeros_(block.mlp[2].weight)
@@ -408,7 +418,9 @@ class Transformer(nn.Module):
             gain = (tau_t - tau_s) * (cond @ self.gain)
             skip = torch.addcmul(bayes, gain[:, None, None], state)
         with torch.autocast(state.device.type, torch.bfloat16, enabled=bool(self.config.bf16)):
-            x = state if self.linear else bayes.softmax(-1) @ self.embedding + self.blank  # [FLM]
+            x = state if self.linear else bayes.softmax(-1) @ self.embedding  # [FLM]
+            if not self.linear and self.blank is not None:
+                x = x + self.blank
             before = past[0][0].shape[-2] if past and past[0] else 0
             here = slice(before, before + x.shape[1])
             if self.position is not None:
@@ -500,7 +512,7 @@ class Config(Network):
     stop_after: int = setting(0, "stop and save after this step, as if interrupted; 0: go to the end", 0)
     sample: bool = setting(False, "write samples of a trained model, one a line, instead of training")
     sample_steps: int = setting(64, "network evaluations for a text", 1)
-    renoise: float = setting(0.0, "share of fresh noise between the steps of --sample, from 0, none, to 1", 0, 1)
+    churn: float = setting(0.0, "fresh noise in the steps of --sample: 0, the flow itself; 1, as ancestral sampling", 0)
     num_samples: int = setting(16, "texts to write", 1)
     out: str = setting("", "file for the samples; left out: standard output")
 
@@ -834,7 +846,7 @@ def command_line(argv: list[str]) -> tuple[dict, set[str]]:
 def main(argv: list[str]) -> None:
     settings, given = command_line(argv)
     if settings["sample"]:
-        return write_samples(Config(**settings), "flm", partial(sample, renoise=settings["renoise"]))
+        return write_samples(Config(**settings), "flm", partial(sample, churn=settings["churn"]))
     data.source_file(settings["dataset"])
     config = Config(**open_folder(settings, given, "flm", Config))
     check(config)

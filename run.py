@@ -27,7 +27,7 @@ from data import UserError
 # Flags that may differ from those a run was begun with, and are not kept with it: they decide no weight (but for rounding,
 # which follows device and threads).
 FREE = {"run_dir", "device", "threads", "resume", "overwrite", "stop_after", "sample", "sample_steps", "num_samples",
-        "renoise", "out"}
+        "churn", "renoise", "out"}
 
 
 # -------------------------------------------------------------------------------------------------------------- flags
