@@ -35,7 +35,6 @@ def ar_loss(model: Transformer, tokens: Tensor, rows: Rows) -> tuple[Tensor, Ten
     return ar_nats(model, tokens).mean(1), torch.zeros(len(tokens), device=tokens.device)
 
 
-@torch.no_grad()
 def ar_sample(model: Transformer, n: int, steps: int, seed: int) -> Tensor:
     """Writes n texts token by token, L evaluations of one position each (`steps` says nothing): tokens (n, L)."""
     def solve(rows: Rows) -> Tensor:
@@ -79,7 +78,6 @@ def mdlm_loss(model: Transformer, tokens: Tensor, rows: Rows) -> tuple[Tensor, T
     return (nll * ~known).mean(1) / (1 - tau).clamp(min=1e-6), tau  # tau may round to 1, where nothing is masked
 
 
-@torch.no_grad()
 def mdlm_sample(model: Transformer, n: int, steps: int, seed: int) -> Tensor:
     """Writes n texts in `steps` evaluations of ancestral sampling: tokens (n, L).
 

@@ -262,23 +262,27 @@ def line(name: str, result: dict) -> str:
 def plot(report: dict, path: Path) -> None:
     """Perplexity against network evaluations, one line a model, entropies beside the points."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for kind in dict.fromkeys(result["model"] for result in report["samples"]):
+    for place, kind in enumerate(dict.fromkeys(result["model"] for result in report["samples"])):
         points = [result for result in report["samples"] if result["model"] == kind]
         x, y = ([result[name] for result in points] for name in ("steps", "perplexity"))
-        axes.errorbar(x, y, [result.get("perplexity_std", 0) for result in points], marker="o", label=kind)
+        color = f"C{place}"
+        axes.errorbar(x, y, [result.get("perplexity_std", 0) for result in points], marker="o", label=kind, color=color)
         for result, *at in zip(points, x, y):
-            axes.annotate(f"{result['entropy']:.2f}", at, xytext=(4, 4), textcoords="offset points", fontsize=8)
+            axes.annotate(f"{result['entropy']:.2f}", at, xytext=(6, 12 - 8 * place), textcoords="offset points",
+                          fontsize=8, color=color)
     text = report["heldout_text"]
     axes.axhline(text["perplexity"], color="gray", linestyle="--", label=f"held-out text ({text['entropy']:.2f})")
     axes.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel=f"perplexity ({report['judge']})",
              title=f"{report['run']}: perplexity, and entropy beside the points")
     axes.set_xticks(sorted({result["steps"] for result in report["samples"]}))
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(ScalarFormatter())
+        axis.set_minor_formatter(NullFormatter())
     axes.legend()
     figure.savefig(path, dpi=150)
 

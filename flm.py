@@ -184,7 +184,6 @@ def euler(denoiser: Callable[[Tensor, Tensor, Tensor], Tensor], state: Tensor, c
     return (probs, seen) if path else probs
 
 
-@torch.no_grad()
 def sample(model: nn.Module, n: int, steps: int, seed: int, churn: float = 0.0) -> Tensor:
     """Writes n texts in `steps` network evaluations: tokens (n, L). Text i is a pure function of (seed, i, steps, churn).
 
@@ -210,6 +209,7 @@ def start(model: nn.Module, rows: Rows) -> Tensor:
     return model.noise(rows.draw(model.config.seq_len, model.noise_dims, model.device)[1])
 
 
+@torch.no_grad()
 def write(model: nn.Module, n: int, seed: int, solve: Callable[[Rows], Tensor]) -> Tensor:
     """n texts (n, L) from solve(rows) -> tokens (B, L), as many at once as memory allows."""
     batch = rows_at_once(model)
@@ -523,7 +523,7 @@ PRESETS = {
     "words": SMALL | dict(tokenizer="chars", seq_len=16, packing=False, parameterization="posterior", depth=4, width=96,
                           heads=3, lr=6e-3, max_steps=1600, batch_size=128, eval_every=400, eval_rows=256),
     "sotu": SMALL | dict(tokenizer="bpe", vocab_size=1024, seq_len=32, parameterization="posterior", depth=4, width=128,
-                         heads=4, max_steps=1500, batch_size=64, eval_every=500, eval_rows=128),
+                         heads=4, lr=8e-3, max_steps=1500, batch_size=64, eval_every=500, eval_rows=128),
 }
 PRESETS["a text file"] = PRESETS["sotu"]
 

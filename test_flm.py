@@ -861,6 +861,18 @@ def test_the_same_seed_writes_the_same_text(folder, capsys):
     assert (folder / "words.txt").read_text() == texts[0] and capsys.readouterr().out == ""
 
 
+def test_no_sampler_keeps_a_graph():
+    """Else memory grows with the number of steps."""
+    flow = network(11, "--parameterization posterior --width 16 --seq-len 5 --no-packing")
+    models = [(flow, flm.sample), (flow, distill.sample), *((baseline(11, kind, "--width 16 --seq-len 5"), sample)
+                                                           for kind, sample in baselines.SAMPLERS.items())]
+    for model, sample in models:
+        kept = []
+        model.register_forward_hook(lambda module, inputs, logits, kept=kept: kept.append(logits.requires_grad))
+        sample(model, 3, 2, 0)
+        assert kept and not any(kept)
+
+
 def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_checkpoint(folder):
     config = settings(f"{TINY} --max-steps 9 --eval-every 2 --run-dir .")
     corpus = data.prepare("words", "chars", 16, False, 0, 8)
