@@ -31,7 +31,7 @@ def ar_nats(model: Transformer, tokens: Tensor) -> Tensor:
 
 
 def ar_loss(model: Transformer, tokens: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-    """Nats a position: tokens (B, L) -> loss (B,), and no time: zeros (B,)."""
+    """Nats a position: tokens (B, L) -> loss (B,), tau (B,), which is 0: there is no time."""
     return ar_nats(model, tokens).mean(1), torch.zeros(len(tokens), device=tokens.device)
 
 
@@ -40,10 +40,10 @@ def ar_sample(model: Transformer, n: int, steps: int, seed: int) -> Tensor:
     def solve(rows: Rows) -> Tensor:
         L, texts, past = model.config.seq_len, [], [[] for _ in model.blocks]
         uniform = uniforms(rows, L, 1, model.device)[..., 0]
-        time = torch.zeros(len(rows.index), device=model.device)
+        tau = torch.zeros(len(rows.index), device=model.device)
         state = model.blank.expand(len(rows.index), 1, -1)
         for i in range(L):
-            texts.append(pick(model(state, time, past=past).softmax(-1)[:, 0], uniform[:, i]))
+            texts.append(pick(model(state, tau, past=past).softmax(-1)[:, 0], uniform[:, i]))
             state = model.clean(texts[-1][:, None])
         return torch.stack(texts, dim=1)
     return flm.write(model, n, seed, solve)
@@ -70,8 +70,8 @@ def reveal(model: Transformer, tokens: Tensor, known: Tensor) -> Tensor:
 
 
 def mdlm_loss(model: Transformer, tokens: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-    """The bound on -log p, nats a position, estimated at one time a row: the cross-entropy of the masked tokens over 1 - tau
-    (eq. 10 there, in our direction of time). tokens (B, L) -> loss (B,), tau (B,)."""
+    """The bound on -log p, nats a position, estimated at one time a row: cross-entropy of the masked tokens over 1 - tau.
+    tokens (B, L) -> loss (B,), tau (B,)."""
     tau, white = rows.draw(tokens.shape[1], 1, tokens.device)
     known = white[..., 0] < torch.special.ndtri(tau)[:, None]
     nll = model(reveal(model, tokens, known), tau, targets=tokens)
@@ -87,7 +87,7 @@ def mdlm_sample(model: Transformer, n: int, steps: int, seed: int) -> Tensor:
     def solve(rows: Rows) -> Tensor:
         B, L = len(rows.index), model.config.seq_len
         tokens = torch.zeros(B, L, dtype=torch.long, device=model.device)
-        when, uniform = uniforms(rows, L, 2, model.device).clamp(max=1 - 1e-7).unbind(-1)
+        when, uniform = uniforms(rows, L, 2, model.device).clamp(max=1 - 1e-7).unbind(-1)  # below 1: all come in the end
         grid = torch.linspace(0, 1, steps + 1, device=model.device)
         for tau, tau_next in zip(grid, grid[1:]):
             known = when < tau
@@ -100,7 +100,7 @@ def mdlm_sample(model: Transformer, n: int, steps: int, seed: int) -> Tensor:
 
 # -------------------------------------------------------------------------------------------------- 3. Command line
 
-LOSSES, SAMPLERS = {"ar": ar_loss, "mdlm": mdlm_loss}, {"ar": ar_sample, "mdlm": mdlm_sample}
+LOSSES, SAMPLERS = {"mdlm": mdlm_loss, "ar": ar_loss}, {"mdlm": mdlm_sample, "ar": ar_sample}
 PRESETS = {"ar": {"words": dict(lr=6e-3), "sotu": dict(lr=1e-2)},  # each the best of three
            "mdlm": {"words": dict(lr=3e-3), "sotu": dict(lr=5e-3)}}
 

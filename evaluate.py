@@ -208,23 +208,23 @@ def likelihood(model: flm.Transformer, heldout: Tensor, tokens: int, seed: int) 
     for ar, an upper bound for flm and mdlm, which also predict the padding. Their times are random: the mean of 8 passes,
     in each of which a row has one time, and its standard error."""
     def ar_nats(model: flm.Transformer, tokens: Tensor, rows: flm.Rows) -> Tensor:
-        ended = (tokens == model.tokenizer.end).cumsum(1) - (tokens == model.tokenizer.end).long() > 0
-        return (baselines.ar_nats(model, tokens) * ~(ended & (not model.config.packing))).sum(1)
+        nats, end = baselines.ar_nats(model, tokens), (tokens == model.tokenizer.end).long()
+        return (nats if model.config.packing else nats * (end.cumsum(1) - end == 0)).sum(1)
     nats = {"ar": ar_nats, "flm": likelihood_bound,
             "mdlm": lambda model, tokens, rows: baselines.mdlm_loss(model, tokens, rows)[0] * tokens.shape[1]}[model.kind]
-    n, bound = len(heldout), model.kind != "ar"
-    passes = []
+    n, bound, batch, passes = len(heldout), model.kind != "ar", flm.rows_at_once(model), []
     for k in range(8 if bound else 1):
         turned = heldout.roll(k * n // 8, 0)  # each row at times from all over
         rows = flm.Rows(seed, -2, range(n), n).fresh(k)
-        passes.append(sum(nats(model, turned[i : i + b].to(model.device), replace(rows, index=range(i, min(i + b, n))))
-                          .cpu().double().sum().item() for b in [flm.rows_at_once(model)] for i in range(0, n, b)) / tokens)
+        passes.append(sum(nats(model, turned[i : i + batch].to(model.device), replace(rows, index=range(n)[i : i + batch]))
+                          .cpu().double().sum().item() for i in range(0, n, batch)) / tokens)
     nats = mean(passes)
     return dict(bound=bound, nats=nats, bits=nats / math.log(2), perplexity=math.exp(nats),
                 standard_error=stdev(passes) / math.sqrt(8) if bound else 0.0)
 
 
 # -------------------------------------------------------------------------------------------------- 4. Command line
+
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
@@ -361,12 +361,12 @@ def main(argv: list[str]) -> None:
     print(f"{n} samples x {args.seeds}, {report['batch_size']} at once on {device}, {report['threads']} threads; {name}\n"
           f"{'':12}{'perplexity':>12}{'entropy':>10}{'distinct':>10}{'training':>10}{'held out':>10}{'as flow':>10}"
           f"{'seconds':>10}{'tokens/s':>12}\n{line('held out', report['heldout_text'])}", flush=True)
-    samplers = {"flm": ("flm", flm.sample), "flm+noise": ("flm", partial(flm.sample, churn=args.churn)),
-                "fmlm": ("fmlm", distill.sample), "mdlm": ("mdlm", baselines.mdlm_sample), "ar": ("ar", baselines.ar_sample)}
+    samplers = {"flm": flm.sample, "fmlm": distill.sample, **baselines.SAMPLERS}
+    series = [(kind, kind, sample) for kind, sample in samplers.items() if kind in models]
+    if args.churn:
+        series.insert(1, ("flm+noise", "flm", partial(flm.sample, churn=args.churn)))
     flows = {}
-    for label, (kind, sample) in samplers.items():
-        if kind not in models or label == "flm+noise" and not args.churn:
-            continue
+    for label, kind, sample in series:
         for steps in sorted(set(args.steps), reverse=True) if kind != "ar" else [corpus.seq_len]:
             runs = []
             for seed in report["seeds"]:

@@ -70,5 +70,6 @@ def text_of(folder: Path) -> str:
 
 def check_text(model: flm.Transformer, corpus: data.Corpus, path: str) -> None:
     """Raises UserError if the text at `path` is not what the model was trained on."""
+    name = "flow" if model.kind == "flm" else model.kind
     if (model.source, model.tokenizer.checksum) != (corpus.meta["source"], corpus.tokenizer.checksum):
-        raise UserError(f"{path}: is no longer the text that the flow was trained on; put that back, or train anew")
+        raise UserError(f"{path}: is no longer the text that the {name} was trained on; put that back, or train anew")

@@ -1167,6 +1167,14 @@ BAD_MAPS = {
 }
 
 
+def assert_refused(program, lines: dict[str, str]) -> None:
+    """Each command line ends in a UserError of one line that has the expected words."""
+    for line, expected in lines.items():
+        with pytest.raises(UserError) as error:
+            program.main(shlex.split(line))
+        assert expected in str(error.value) and "\n" not in str(error.value), (line, str(error.value))
+
+
 def test_what_a_user_can_do_wrong_in_distilling_is_one_line(folder):
     Path("a.txt").write_text("\n".join("abcdefgh" * 4))
     Path("changed.txt").write_text("\n".join("abcdefgh" * 4))
@@ -1189,10 +1197,7 @@ def test_what_a_user_can_do_wrong_in_distilling_is_one_line(folder):
     distill.main(shlex.split("--run-dir half --max-steps 2 --objective two-stage --stop-after 1"))
     shutil.copytree("map", "later")
     shutil.copy("longer/flm.pt", "later/flm.pt")
-    for line, expected in BAD_MAPS.items():
-        with pytest.raises(UserError) as error:
-            distill.main(shlex.split(line))
-        assert expected in str(error.value) and "\n" not in str(error.value), (line, str(error.value))
+    assert_refused(distill, BAD_MAPS)
     assert not Path("flow/fmlm.config.json").exists()
     done = command("--run-dir nothing", program="distill.py")
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
@@ -1250,11 +1255,8 @@ def test_what_a_user_can_do_wrong_in_comparing_is_one_line(folder):
         flm.main(shlex.split(f"{flags} --dataset a.txt --run-dir {name}"))
         baselines.main(shlex.split(f"--run-dir {name} --max-steps 1"))
     flm.main(shlex.split(f"{flags} --dataset b.txt --run-dir changed --overwrite"))
-    for program, lines in ((baselines, BAD_BASELINES), (evaluate, BAD_EVALUATIONS)):
-        for line, expected in lines.items():
-            with pytest.raises(UserError) as error:
-                program.main(shlex.split(line))
-            assert expected in str(error.value) and "\n" not in str(error.value), (line, str(error.value))
+    assert_refused(baselines, BAD_BASELINES)
+    assert_refused(evaluate, BAD_EVALUATIONS)
 
 
 def test_an_evaluation_compares_all_models_of_a_run(folder, capsys):
@@ -1312,10 +1314,7 @@ def test_what_a_user_can_do_wrong_is_one_line_and_loses_nothing(folder, monkeypa
     Path("elsewhere").mkdir()
     Path("elsewhere/config.json").write_text("another program's")
     Path("misfit/config.json").write_text(Path("misfit/config.json").read_text().replace('"width": 16', '"width": 32'))
-    for line, expected in BAD.items():
-        with pytest.raises(UserError) as error:
-            flm.main(shlex.split(line))
-        assert expected in str(error.value) and "\n" not in str(error.value), (line, str(error.value))
+    assert_refused(flm, BAD)
     assert Path("finished/flm.pt").read_bytes() == good and not Path("executed").exists()
     with monkeypatch.context() as two:
         two.setenv("WORLD_SIZE", "2")
