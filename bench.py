@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import flm
-from data import UserError
 from run import Parser, guard, setup
+from sources import UserError
 
 
 def masked_loss(model: flm.Transformer, tokens: Tensor, rows: flm.Rows) -> tuple[Tensor, Tensor]:

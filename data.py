@@ -9,56 +9,56 @@ from there; the hash covers the source's bytes and every setting, so a change of
 """
 
 import functools
-import gzip
 import hashlib
 import json
-import lzma
+import multiprocessing
+import os
 import shutil
-import tempfile
+import signal
+import sys
+import threading
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-EMBEDDED = {name: Path(__file__).parent / "corpora" / f"{name}.txt.xz" for name in ("words", "sotu")}
+import sources
+from sources import Batch, Source, UserError
+
 TOKENIZERS = ("chars", "bpe", "gpt2", "bert-base-uncased")
-HELD_OUT = 20  # one line in this many
-FORMAT = 1  # of the token files; part of their hash
+HELD_OUT = 20  # one line in this many, where a source has no split of its own
+SAVE_EVERY = 64  # batches, of a MiB or so, that an interruption costs at most
+LARGE = 2**24  # bytes of text from which on it is tokenised by one process a core
+MOST_WORKERS = 8  # each holds about 300 MiB
+VOCABULARY = 2**27  # characters of training text that a bpe vocabulary is made from, at most
+FORMAT = 2  # of the token files; part of their hash
 
 
-class UserError(Exception):
-    """A mistake that the user can mend; its message is the one line to print (exit status 2)."""
+def documents(source: Source) -> Iterator[Batch]:
+    """The batches of a source as they are tokenised: detokenised, each with a split."""
+    for batch in source.batches():
+        yield from split(batch, source.detokenise)
 
 
-# ---------------------------------------------------------------------------------------------------------- documents
-
-
-def source_file(dataset: str) -> Path:
-    """The file behind --dataset: an embedded corpus by name, or any path. Raises UserError where there is none."""
-    path = EMBEDDED.get(dataset, Path(dataset))
-    if not path.is_file():
-        raise UserError(f"--dataset {dataset}: not a file; give {', '.join(EMBEDDED)} or a text file")
-    return path
-
-
-def documents(path: Path) -> Iterator[tuple[int, str]]:
-    """Yields (line number, line) for each line of a .txt, .txt.gz or .txt.xz that is not blank."""
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    number = 0
-    try:
-        with opener(path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                if text.strip():
-                    yield number, text
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{number}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+def split(batch: Batch, detokenise: bool) -> list[Batch]:
+    """A batch as one of its split, or as two: its training documents and those held out by their hash."""
+    texts = batch.texts
+    if detokenise and texts:
+        texts = sources.detokenise("\n".join(texts)).split("\n")
+    if batch.split:
+        return [batch._replace(texts=texts)]
+    out = [held_out(text) for text in texts]
+    return [batch._replace(split=name, texts=[text for text, o in zip(texts, out) if o == is_out],
+                           numbers=[i for i, o in zip(batch.numbers, out) if o == is_out])
+            for name, is_out in (("train", False), ("heldout", True))]
 
 
 def held_out(text: str) -> bool:
@@ -69,15 +69,18 @@ def held_out(text: str) -> bool:
 
 
 class Tokenizer:
-    """Text <-> token ids, and the id of the end token.
+    """Text <-> token ids, the id of the end token and, for the paper's two vocabularies, of the one that begins a row.
 
     `content` is what tokenizer.json holds, enough to rebuild it anywhere: {"kind": "chars", "chars": ...},
-    {"kind": "bpe" | "bert-base-uncased", "model": ...} (a `tokenizers` model) or {"kind": "gpt2"} (tiktoken's).
+    {"kind": "bpe" | "bert-base-uncased", "model": ...} (a `tokenizers` model), {"kind": "gpt2"} (tiktoken's) or, where only
+    their number is known, {"kind": "ids", "vocab_size": ...}.
     """
 
     def __init__(self, content: dict):
-        self.content, self.kind = content, content["kind"]
-        if self.kind == "chars":  # ids 1.. in the order of `chars`; 0 ends a document
+        self.content, self.kind, self.begin = content, content["kind"], None
+        if self.kind == "ids":
+            self.end, self.vocab_size = -1, int(content["vocab_size"])
+        elif self.kind == "chars":  # ids 1.. in the order of `chars`; 0 ends a document
             self.ids = {char: i for i, char in enumerate(content["chars"], start=1)}
             self.end, self.vocab_size = 0, len(self.ids) + 1
         elif self.kind == "gpt2":
@@ -88,15 +91,19 @@ class Tokenizer:
             except Exception as error:  # whatever its HTTP client raises
                 raise UserError(f"--tokenizer gpt2: tiktoken could not download it ({type(error).__name__}); connect "
                                 "once, or point TIKTOKEN_CACHE_DIR to a copy") from None
-            self.end, self.vocab_size = self.codec.eot_token, self.codec.n_vocab
+            self.begin = self.end = self.codec.eot_token
+            self.vocab_size = self.codec.n_vocab + 1  # and the paper's token for padding, which no text has
         else:
             from tokenizers import Tokenizer as Codec
 
             self.codec = Codec.from_str(content["model"])
             self.codec.encode_special_tokens = True  # "[SEP]" in a text is five characters, not the end token
             size = self.codec.get_vocab_size()
-            bert_end = self.codec.token_to_id("[SEP]") if self.kind == "bert-base-uncased" else None
-            self.end, self.vocab_size = (size, size + 1) if bert_end is None else (bert_end, size)
+            if self.kind == "bpe":
+                self.end, self.vocab_size = size, size + 1
+            else:
+                self.begin, self.end = self.codec.token_to_id("[CLS]"), self.codec.token_to_id("[SEP]")
+                self.vocab_size = size
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text, without an end token. Raises UserError for a character that `chars` does not have."""
@@ -106,11 +113,15 @@ class Tokenizer:
             except KeyError as error:
                 raise UserError(f"the character {error} is not in the vocabulary of {len(self.ids)} characters") from None
         if self.kind == "gpt2":
-            return self.codec.encode_ordinary_batch(texts)
-        return [encoding.ids for encoding in self.codec.encode_batch(texts, add_special_tokens=False)]
+            return [self.codec.encode_ordinary(text) for text in texts]  # its own batches are slower on short texts
+        if self.kind == "ids":
+            raise UserError("the vocabulary of this model is not known; convert it again with --dataset lm1b or owt")
+        return [encoding.ids for encoding in self.codec.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of one row of ids; an end token is a line break, those that pad the row are dropped."""
+        """Text of one row of ids; an end token is a line break, those at its ends are dropped."""
+        if self.kind == "ids":
+            return " ".join(map(str, map(int, ids)))
         pieces, piece = [], []
         for i in [*map(int, ids), self.end]:
             if i != self.end:
@@ -118,11 +129,13 @@ class Tokenizer:
             else:
                 pieces.append(self._decode(piece))
                 piece = []
-        return "\n".join(pieces).rstrip("\n")
+        return "\n".join(pieces).strip("\n")
 
     def _decode(self, ids: list[int]) -> str:
         if self.kind == "chars":
             return "".join(self.content["chars"][i - 1] for i in ids)
+        if self.kind == "gpt2":
+            ids = [i for i in ids if i < self.end]
         return self.codec.decode(ids)
 
     @property
@@ -145,13 +158,17 @@ class Tokenizer:
             raise UserError(f"{path}: not a tokenizer of this program ({type(error).__name__})") from None
 
 
-def make_tokenizer(kind: str, path: Path, vocab_size: int) -> Tokenizer:
-    """Builds the tokenizer `kind` for a corpus: `chars` from all its lines, `bpe` from its training lines.
+def make_tokenizer(kind: str, source: Source, vocab_size: int) -> Tokenizer:
+    """Builds the tokenizer `kind` for a corpus: `chars` from all its text, `bpe` from its training text, of which the first
+    128 million characters are read.
 
     vocab_size counts the end token and is used by `bpe` alone. Raises UserError where the text cannot fill it.
     """
     if kind == "chars":
-        return Tokenizer({"kind": kind, "chars": "".join(sorted({char for _, text in documents(path) for char in text}))})
+        chars = set()
+        for batch in documents(source):
+            chars.update(*batch.texts)
+        return Tokenizer({"kind": kind, "chars": "".join(sorted(chars))})
     if kind == "gpt2":
         return Tokenizer({"kind": kind})
     from tokenizers import Tokenizer as Codec
@@ -163,7 +180,7 @@ def make_tokenizer(kind: str, path: Path, vocab_size: int) -> Tokenizer:
         codec.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, show_progress=False,
                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-        codec.train_from_iterator((text for _, text in documents(path) if not held_out(text)), trainer)
+        codec.train_from_iterator(first_characters(source, VOCABULARY), trainer)
         if codec.get_vocab_size() + 1 != vocab_size:
             raise UserError(f"--vocab-size {vocab_size}: this text gives {codec.get_vocab_size() + 1} tokens; give that "
                             "number, or use --tokenizer chars")
@@ -173,6 +190,15 @@ def make_tokenizer(kind: str, path: Path, vocab_size: int) -> Tokenizer:
         except Exception as error:  # whatever the hub's client raises
             raise UserError(f"--tokenizer {kind}: could not be downloaded ({type(error).__name__}); connect once") from None
     return Tokenizer({"kind": kind, "model": codec.to_str()})
+
+
+def first_characters(source: Source, most: int) -> Iterator[str]:
+    """The training documents of a source, until they have `most` characters."""
+    for batch in documents(source):
+        if batch.split == "train":
+            yield from batch.texts
+            if (most := most - sum(map(len, batch.texts))) <= 0:
+                return
 
 
 # ------------------------------------------------------------------------------------------------------------- corpus
@@ -192,9 +218,14 @@ class Corpus:
     batch_size: int
     borrowed: bool  # whether one split was too short for a row, so that both are the other
 
+    @property
+    def frame(self) -> int:
+        """1 where a row begins and ends with tokens of its own, as the paper's packed rows do, else 0."""
+        return int(self.packing and self.tokenizer.begin is not None)
+
     def blocks(self, split: str) -> int:
         """How many sequences of L tokens the split has."""
-        return len(self.splits[split]) // self.seq_len
+        return len(self.splits[split]) // (self.seq_len - 2 * self.frame)
 
     def batch(self, split: str, step: int, rows: range) -> torch.Tensor:
         """Rows of the global batch of `step`: (len(rows), L) int64, a pure function of its arguments and the seed.
@@ -202,7 +233,7 @@ class Corpus:
         Training goes through all blocks in a new order each epoch; packed text is also cut at a new place each epoch.
         The held-out split is read in order.
         """
-        tokens, n, L = self.splits[split], self.blocks(split), self.seq_len
+        tokens, n, L = self.splits[split], self.blocks(split), self.seq_len - 2 * self.frame
         place = step * self.batch_size + np.asarray(rows)
         start = place % n * L
         if split == "train":
@@ -211,7 +242,8 @@ class Corpus:
                 order, cut = shuffle(self.seed, int(epoch), n)
                 start[here] = order[place[here] % n] * L + (cut % len(tokens) if self.packing else 0)
         index = (start[:, None] + np.arange(L)) % len(tokens)
-        return torch.from_numpy(tokens[index].astype(np.int64))
+        out = torch.from_numpy(tokens[index].astype(np.int64))
+        return F.pad(F.pad(out, (1, 0), value=self.tokenizer.begin), (0, 1), value=self.tokenizer.end) if self.frame else out
 
 
 @functools.lru_cache(maxsize=2)
@@ -225,68 +257,155 @@ def token_type(vocab_size: int) -> type:
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
-def write_tokens(folder: Path, path: Path, tokenizer: Tokenizer, seq_len: int, packing: bool) -> dict[str, int]:
-    """Tokenises `path` into folder/{train,heldout}.bin, each token's count in folder/counts.npy; returns their lengths."""
-    dtype = token_type(tokenizer.vocab_size)
-    lengths = {"train": 0, "heldout": 0}
-    counts = np.zeros(tokenizer.vocab_size, np.int64)
-    with open(folder / "train.bin", "wb") as train, open(folder / "heldout.bin", "wb") as heldout:
-        lines = documents(path)
-        while batch := list(islice(lines, 4096)):
-            seen = []
-            for (number, text), ids in zip(batch, tokenizer.encode([text for _, text in batch])):
-                if not packing and len(ids) >= seq_len:
-                    raise UserError(f"{path}:{number}: {len(ids)} tokens and an end token do not fit --seq-len {seq_len}; "
-                                    "give a larger one or --packing")
-                ids = ids + [tokenizer.end] * (1 if packing else seq_len - len(ids))
-                split = "heldout" if held_out(text) else "train"
-                (heldout if split == "heldout" else train).write(np.array(ids, dtype).tobytes())
-                lengths[split] += len(ids)
-                if split == "train":
-                    seen += ids
-            counts += np.bincount(seen, minlength=len(counts)) if seen else 0
-    np.save(folder / "counts.npy", counts)
-    return lengths
+class Writer:
+    """Appends tokens to folder/{train,heldout}.bin and remembers, in folder/progress.npz, how far it had come: after a kill
+    the next one goes on from there, and the files come out the same."""
+
+    def __init__(self, folder: Path, vocab_size: int):
+        self.folder, self.dtype = folder, token_type(vocab_size)
+        self.batches, self.counts = 0, np.zeros(vocab_size, np.int64)  # batches read, and how often each token was written
+        self.tokens, self.documents = dict(train=0, heldout=0), dict(train=0, heldout=0)
+        try:
+            with np.load(folder / "progress.npz") as saved:
+                self.batches, self.counts = int(saved["batches"]), saved["counts"]
+                for split in self.tokens:
+                    self.tokens[split], self.documents[split] = map(int, saved[split])
+        except FileNotFoundError:
+            pass
+        self.files = {split: open(folder / f"{split}.bin", "ab") for split in self.tokens}
+        for split, file in self.files.items():
+            file.truncate(self.tokens[split] * self.dtype().itemsize)
+
+    def add(self, parts: list[tuple[str, int, np.ndarray]]) -> None:
+        """What one batch of the source has come to: for each split in it, how many documents, and their tokens."""
+        for split, documents, ids in parts:
+            self.files[split].write(ids.tobytes())
+            self.tokens[split] += len(ids)
+            self.documents[split] += documents
+            if split == "train":
+                self.counts += np.bincount(ids, minlength=len(self.counts))
+        self.batches += 1
+        if self.batches % SAVE_EVERY == 0:
+            self.save()
+
+    def save(self) -> None:
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        with open(self.folder / "progress.part", "wb") as file:
+            np.savez(file, batches=self.batches, counts=self.counts,
+                     **{split: (self.tokens[split], self.documents[split]) for split in self.tokens})
+        os.replace(self.folder / "progress.part", self.folder / "progress.npz")
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+
+
+def tokenise(batch: Batch, tokenizer: Tokenizer, detokenise: bool, seq_len: int | None) -> list[tuple[str, int, np.ndarray]]:
+    """For each split in a batch: how many documents, and their tokens, each with an end token or, if seq_len is given,
+    padded to it with end tokens. Raises UserError for a document that does not fit."""
+    parts = []
+    for place, numbers, texts, split_name, _ in split(batch, detokenise):
+        rows = tokenizer.encode(texts)
+        for number, ids in zip(numbers, rows):
+            if seq_len and len(ids) >= seq_len:
+                raise UserError(f"{place}:{number}: {len(ids)} tokens and an end token do not fit --seq-len {seq_len}; "
+                                "give a larger one or --packing")
+            ids += [tokenizer.end] * (seq_len - len(ids) if seq_len else 1)
+        flat = np.fromiter(chain.from_iterable(rows), token_type(tokenizer.vocab_size), sum(map(len, rows)))
+        parts.append((split_name, len(texts), flat))
+    return parts
+
+
+def start_worker(*settings) -> None:
+    """What a tokenising process needs to know, once: the file of its tokenizer, and the rest of what tokenise asks for."""
+    global worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    worker = Tokenizer.load(settings[0]), *settings[1:]
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()  # killed
+
+
+def tokenise_in_worker(batch: Batch) -> list[tuple[str, int, np.ndarray]]:
+    return tokenise(batch, *worker)
+
+
+@contextmanager
+def no_interrupts() -> Iterator[None]:
+    """Processes that are started in here never hear of Ctrl-C, which is their parent's to deal with."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def tokenised(source: Source, first: int, path: Path, seq_len: int | None, workers: int) -> Iterator[tuple[int, list]]:
+    """The position of each batch of a source, from the `first` on, and what `tokenise` makes of it by the tokenizer in
+    `path`: in their order, in other processes if workers > 1."""
+    batches, settings = islice(source.batches(), first, None), (path, source.detokenise, seq_len)
+    if workers == 1:
+        tokenizer = Tokenizer.load(path)
+        for batch in batches:
+            yield batch.position, tokenise(batch, tokenizer, *settings[1:])
+        return
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, settings)
+    try:
+        waiting = deque()  # no more than keeps all busy, so that the source is read as fast as it is tokenised
+        for batch in chain(batches, [None] * (4 * workers)):
+            if batch:
+                with no_interrupts():
+                    waiting.append((batch.position, pool.submit(tokenise_in_worker, batch)))
+            if waiting and (len(waiting) > 4 * workers or not batch):
+                position, parts = waiting.popleft()
+                yield position, parts.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def write_tokens(folder: Path, source: Source, seq_len: int | None) -> Writer:
+    """Tokenises a source by folder/tokenizer.json into folder/{train,heldout}.bin, or goes on where an earlier call was cut
+    off; a large one in as many processes as there are cores, MOST_WORKERS at most."""
+    from tqdm import tqdm
+
+    large = not 0 < source.size < LARGE
+    writer = Writer(folder, Tokenizer.load(folder / "tokenizer.json").vocab_size)
+    workers = min(cores(), MOST_WORKERS) if large else 1
+    try:
+        with tqdm(total=source.size or None, desc=f"tokenising {source.name}", unit="B", unit_scale=True, file=sys.stderr,
+                  mininterval=1, disable=not large) as bar:
+            for position, parts in tokenised(source, writer.batches, folder / "tokenizer.json", seq_len, workers):
+                writer.add(parts)
+                bar.set_postfix_str(f"{sum(writer.tokens.values()) / 1e6:.1f}M tokens", refresh=False)
+                bar.update(position - bar.n)
+        writer.save()
+    finally:
+        writer.close()
+    return writer
 
 
 def prepare(dataset: str, tokenizer: str, seq_len: int, packing: bool, seed: int, batch_size: int, vocab_size: int = 0,
-            cache: str = "data") -> Corpus:
+            data_dir: str = "", data_url: str = "", cache: str = "data") -> Corpus:
     """Tokenises the corpus, or maps the token files of an earlier call with the same source and settings.
 
     packing=True joins documents by the end token and cuts blocks of seq_len; otherwise each is one row, padded with it.
     A split without a single block borrows the other's. Raises UserError for a text that cannot be used.
     """
-    path = source_file(dataset)
-    with open(path, "rb") as file:
-        source = hashlib.file_digest(file, "sha256").hexdigest()
-    name = path.name.split(".")[0]
-    settings = {"format": FORMAT, "source": source, "tokenizer": tokenizer, "packing": packing,
+    source = sources.find(dataset, data_dir, data_url, cache)
+    settings = {"format": FORMAT, "source": source.checksum(), "tokenizer": tokenizer, "packing": packing,
                 "vocab_size": vocab_size if tokenizer == "bpe" else None, "seq_len": None if packing else seq_len,
-                "heldout": f"crc32(line) % {HELD_OUT} == 0"}
+                "heldout": source.held_out}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    folder = Path(cache) / f"{name}-{key}"
+    folder = Path(cache) / f"{source.name}-{key}"
     if not (folder / "meta.json").is_file():
-        if next(documents(path), None) is None:
-            raise UserError(f"{path}: no text in it; give a file with one document a line")
-        part = None
-        try:
-            Path(cache).mkdir(parents=True, exist_ok=True)
-            part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=cache))
-            tokens = make_tokenizer(tokenizer, path, vocab_size)
-            tokens.save(part / "tokenizer.json")
-            lengths = write_tokens(part, path, tokens, seq_len, packing)
-            meta = settings | {"vocab_size": tokens.vocab_size, "tokens": lengths}
-            (part / "meta.json").write_text(json.dumps(meta, indent=1))
-            try:
-                part.rename(folder)
-            except OSError:
-                if not (folder / "meta.json").is_file():  # else another process was faster: its files are the same
-                    raise
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
-        finally:
-            if part is not None:
-                shutil.rmtree(part, ignore_errors=True)
+        write_corpus(folder, source, settings, vocab_size, data_dir or dataset)
     try:
         meta = json.loads((folder / "meta.json").read_text())
         tokens = Tokenizer.load(folder / "tokenizer.json")
@@ -296,12 +415,43 @@ def prepare(dataset: str, tokenizer: str, seq_len: int, packing: bool, seed: int
         counts = np.load(folder / "counts.npy")
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: damaged token files ({error}); remove the folder") from None
-    borrowed = [split for split in splits if len(splits[split]) < seq_len]
+    corpus = Corpus(tokens, splits, meta, torch.empty(0), seq_len, packing, seed, batch_size, False)
+    borrowed = [split for split in splits if not corpus.blocks(split)]
     if len(borrowed) == 2:
-        raise UserError(f"{path}: {sum(meta['tokens'].values())} tokens do not fill one row of --seq-len {seq_len}; "
+        raise UserError(f"{dataset}: {sum(meta['tokens'].values())} tokens do not fill one row of --seq-len {seq_len}; "
                         "give a smaller one or --no-packing")
     if borrowed:
-        splits = dict.fromkeys(splits, next(tokens for split, tokens in splits.items() if split not in borrowed))
-        counts = np.bincount(splits["train"], minlength=tokens.vocab_size)
-    log_p = torch.from_numpy((counts + 1) / (counts + 1).sum()).log().float()
-    return Corpus(tokens, splits, meta, log_p, seq_len, packing, seed, batch_size, bool(borrowed))
+        corpus.splits = dict.fromkeys(splits, next(tokens for split, tokens in splits.items() if split not in borrowed))
+        counts = np.bincount(corpus.splits["train"], minlength=tokens.vocab_size)
+        corpus.borrowed = True
+    corpus.log_p = torch.from_numpy((counts + 1) / (counts + 1).sum()).log().float()
+    return corpus
+
+
+def write_corpus(folder: Path, source: Source, settings: dict, vocab_size: int, place: str) -> None:
+    """Makes the token files of a source and their manifest, meta.json, or goes on with what was begun. Whoever comes while
+    another process is at it waits."""
+    from filelock import FileLock
+
+    part, lock = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "lock"))
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock):
+            if not (folder / "meta.json").is_file():
+                try:
+                    if not (part / "progress.npz").is_file():
+                        if not any(batch.texts for batch in source.batches()):
+                            raise UserError(f"{place}: no text in it; give a file with one document a line")
+                        make_tokenizer(settings["tokenizer"], source, vocab_size).save(part / "tokenizer.json")
+                    done = write_tokens(part, source, settings["seq_len"])
+                    np.save(part / "counts.npy", done.counts)
+                    meta = settings | {"vocab_size": len(done.counts), "tokens": done.tokens, "documents": done.documents}
+                    (part / "meta.json").write_text(json.dumps(meta, indent=1))
+                    part.rename(folder)
+                    (folder / "progress.npz").unlink()
+                finally:
+                    if not (part / "progress.npz").is_file():  # there is nothing to go on with
+                        shutil.rmtree(part, ignore_errors=True)
+        lock.unlink(missing_ok=True)  # whoever waits for it finds the files
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); the same command goes on") from None

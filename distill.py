@@ -25,9 +25,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flm
 import join
-from data import UserError
 from flm import Clock, Rows, Transformer
 from run import clear, flag, guard, rank, say, setting, world, write_settings
+from sources import UserError
 
 Delta = Callable[[Tensor, Tensor, Tensor], Tensor]  # (state, tau_s (B,), tau_t (B,)) -> delta_{s,t} (B, L, V)
 

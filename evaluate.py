@@ -12,7 +12,8 @@ distinct    share of different samples; training, held out: share found there wh
 as flow     share of tokens that equal those of the flow's text of the most steps, from the same noise
 flm+noise   the flow with fresh noise in each step (flm.py --churn)
 
-The run's own ar judges its own samples too well. fmlm has seen its flow's tokens and those of its distillation.
+Of a large corpus 4 million tokens of each split are read. The run's own ar judges its own samples too well. fmlm has seen
+its flow's tokens and those of its distillation.
 """
 
 import argparse
@@ -38,8 +39,8 @@ import data
 import distill
 import flm
 import join
-from data import UserError
 from run import Parser, guard, program, say, setup
+from sources import UserError
 
 # ----------------------------------------------------------------------------------------------------- 1. The judges
 # A judge gives texts, lists of ids that stop behind the first end token, their perplexity: exp of the mean nats a token.
@@ -152,9 +153,9 @@ def batches(rows: Sequence, size: int) -> list:
 # --------------------------------------------------------------------------------------------------- 2. The measures
 
 
-def until_end(text: Sequence[int], end: int) -> Sequence[int]:
-    """The tokens up to and including the first end token."""
-    return text[: text.index(end) + 1] if end in text else text
+def until_end(text: Sequence[int], end: int, first: int = 0) -> Sequence[int]:
+    """The tokens up to and including the first end token, from place `first` on."""
+    return text[: text.index(end, first) + 1] if end in text[first:] else text
 
 
 def unigram_entropy(texts: Sequence[Sequence[int]]) -> float:
@@ -287,14 +288,17 @@ def plot(report: dict, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+MOST = 2**22  # tokens of a split that are read: of a large corpus, the first training and held-out rows
+
+
 def find(folder: Path, judge: str, device: torch.device) -> tuple[dict[str, flm.Transformer], data.Corpus]:
     """The models of a run by kind, and its corpus. Raises UserError where the flow, the judge or the text is missing."""
     models = {kind: flm.load(folder / f"{kind}.pt", device) for kind in ("flm", "fmlm", "mdlm", "ar")
               if kind in ("flm", judge) or (folder / f"{kind}.pt").exists()}
-    dataset = join.text_of(folder)
-    corpus = flm.corpus_of(replace(models["flm"].config, dataset=dataset))
+    text = join.text_of(folder)
+    corpus = flm.corpus_of(replace(models["flm"].config, **text))
     for kind, model in models.items():
-        join.check_text(model, corpus, dataset)
+        join.check_text(model, corpus, text["data_dir"] or text["dataset"])
         if model.config.seq_len != corpus.seq_len or model.config.packing != corpus.packing:
             raise UserError(f"{folder / kind}.pt: has other rows than the flow; train it anew: {program(kind)} "
                             f"--run-dir {folder} --overwrite")
@@ -302,23 +306,25 @@ def find(folder: Path, judge: str, device: torch.device) -> tuple[dict[str, flm.
             say(f"{folder / kind}.pt: is not finished, it has {model.step} of its {model.config.max_steps} steps")
         model.config.bf16 = models["flm"].config.bf16  # one number format for all
     if corpus.borrowed:
-        say(f"{dataset}: is too short to hold anything out, so held-out text is training text")
+        say(f"{text['dataset']}: is too short to hold anything out, so held-out text is training text")
     return models, corpus
 
 
-def context_free_loss(model: flm.Transformer, corpus: data.Corpus) -> float:
+def context_free_loss(model: flm.Transformer, corpus: data.Corpus, rows: int) -> float:
     """The flow loss of Bayes' rule alone: a posterior network without blocks whose output is zero."""
     bayes = flm.Transformer(replace(model.config, parameterization="posterior", depth=0), model.V, corpus.log_p)
     torch.nn.init.zeros_(bayes.head.weight)
-    return mean(flm.held_out_loss(bayes.to(model.device), flm.flow_loss, corpus, sys.maxsize))
+    return mean(flm.held_out_loss(bayes.to(model.device), flm.flow_loss, corpus, rows))
 
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
     folder, n, device = Path(args.run_dir), args.num_samples, setup(args.device, args.threads)
     models, corpus = find(folder, args.judge, device)
-    flow, padded, end = models["flm"], not corpus.packing, corpus.tokenizer.end
-    train, heldout = (corpus.batch(split, 0, range(corpus.blocks(split))) for split in ("train", "heldout"))
+    flow, padded, end, frame = models["flm"], not corpus.packing, corpus.tokenizer.end, corpus.frame
+    inner = corpus.seq_len - 2 * frame
+    train, heldout = (corpus.batch(split, 0, range(min(corpus.blocks(split), MOST // corpus.seq_len)))
+                      for split in ("train", "heldout"))
     texts = [[until_end(row, end) if padded else row for row in split.tolist()] for split in (train, heldout)]
     if args.judge == "ngram":
         order = 5 if corpus.tokenizer.kind == "chars" else 3
@@ -328,14 +334,14 @@ def main(argv: list[str]) -> None:
     else:
         judge, name = hugging_face(args.judge, corpus.tokenizer, device), f"{args.judge} judges"
 
-    splits = {name: fingerprints(corpus.splits[split], corpus.seq_len, corpus.seq_len if padded else 1)
+    splits = {name: fingerprints(corpus.splits[split][:MOST], inner, inner if padded else 1)
               for name, split in (("training", "train"), ("heldout", "heldout"))}
 
     def measure(rows: Tensor, reference: Tensor | None = None) -> dict:
         rows = rows.masked_fill((rows == end).cumsum(1) > 0, end) if padded else rows  # behind the end there is no text
         texts = [until_end(row, end) if padded else row for row in rows.tolist()]
-        prints = fingerprints(rows.numpy().ravel(), corpus.seq_len, corpus.seq_len)
-        result = dict(perplexity=judge([until_end(text, end) for text in texts]), entropy=unigram_entropy(texts),
+        prints = fingerprints(rows[:, frame : frame + inner].numpy().ravel(), inner, inner)
+        result = dict(perplexity=judge([until_end(text, end, frame) for text in texts]), entropy=unigram_entropy(texts),
                       distinct=len(set(map(tuple, texts))) / len(texts))
         result |= {name: float(np.isin(prints, there).mean()) for name, there in splits.items()}
         if reference is not None:
@@ -344,8 +350,8 @@ def main(argv: list[str]) -> None:
     counts, tokens = Counter(chain(*texts[0])), list(chain(*texts[1]))
     report = dict(run=folder.resolve().name, judge=name, num_samples=n, seeds=list(range(args.seed, args.seed + args.seeds)),
                   batch_size=min(n, flm.rows_at_once(flow)), device=str(device), threads=torch.get_num_threads(),
-                  loss=mean(flm.held_out_loss(flow, flm.flow_loss, corpus, sys.maxsize)),
-                  context_free_loss=context_free_loss(flow, corpus),
+                  loss=mean(flm.held_out_loss(flow, flm.flow_loss, corpus, len(heldout))),
+                  context_free_loss=context_free_loss(flow, corpus, len(heldout)),
                   unigram_nats=mean(math.log((counts.total() + flow.V) / (counts[token] + 1)) for token in tokens),
                   likelihood={kind: likelihood(model, heldout, len(tokens), args.seed) for kind, model in models.items()
                               if kind != "fmlm"},

@@ -3,6 +3,7 @@
     python flm.py                                            # train on the embedded words, then write new ones
     python flm.py --dataset sotu                             # speeches in byte-pair tokens
     python flm.py --dataset my.txt --run-dir runs/mine       # any UTF-8 text, one document a line
+    python flm.py --dataset lm1b                             # the paper's: downloads a billion words, for a GPU
     python flm.py --sample --run-dir runs/words --sample-steps 64 --num-samples 20
     torchrun --standalone --nproc_per_node=8 flm.py --dataset my.txt
 
@@ -27,9 +28,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import data
-from data import UserError
+import sources
 from run import (Log, clear, first_does, first_line, guard, lasting, open_folder, parse, program, rank,
                  read_checkpoint, say, setting, setup, total, validate, world, write_checkpoint, write_settings)
+from sources import UserError
 
 # ------------------------------------------------------------------------------------------------------ 1. The clock
 
@@ -461,7 +463,10 @@ class Transformer(nn.Module):
 class Network:
     """The settings that a network keeps for life: its text and its shape."""
 
-    dataset: str = setting("words", "words, sotu, or a UTF-8 text with one document a line (.txt, .txt.gz, .txt.xz)")
+    dataset: str = setting("words", "words, sotu, lm1b, owt, or a UTF-8 text with one document a line (.txt, .txt.gz, "
+                           ".txt.xz)")
+    data_dir: str = setting("", "lm1b's tarball, or a folder with its files, or with owt's as parquet or text; left out: "
+                            "downloaded")
     tokenizer: str = setting("bert-base-uncased", "how text becomes tokens", choices=data.TOKENIZERS)
     vocab_size: int = setting(4096, "size of the bpe vocabulary, end token included", 2)
     seq_len: int = setting(128, "positions in a sequence (L)", 1)
@@ -504,6 +509,7 @@ class Config(Network):
     eval_every: int = setting(5000, "steps from one held-out loss, samples and checkpoint to the next", 1)
     eval_rows: int = setting(1024, "held-out rows of an evaluation during training; the last one takes them all", 1)
 
+    data_url: str = setting("", "where to download lm1b from; left out: its own site")
     run_dir: str = setting("", "folder of the run; left out: runs/DATASET")
     device: str = setting("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
     threads: int = setting(0, "CPU threads a process; 0: torch's choice", 0)
@@ -524,6 +530,8 @@ PRESETS = {
                           heads=3, lr=6e-3, max_steps=1600, batch_size=128, eval_every=400, eval_rows=256),
     "sotu": SMALL | dict(tokenizer="bpe", vocab_size=1024, seq_len=32, parameterization="posterior", depth=4, width=128,
                          heads=4, lr=8e-3, max_steps=1500, batch_size=64, eval_every=500, eval_rows=128),
+    "lm1b": {},  # the paper's network and training, which are the defaults above
+    "owt": dict(tokenizer="gpt2", seq_len=1024),
 }
 PRESETS["a text file"] = PRESETS["sotu"]
 
@@ -737,9 +745,9 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
                 + " ".join(f"{x:.3f}" for x in by_tau) + "".join(f"\n    {text}" for text in texts))
         if (evaluate or done == last) and rank() == 0:
             write_checkpoint(folder / f"{kind}.pt", dict(
-                kind=kind, config=lasting(config) | {"dataset": Path(config.dataset).name}, source=corpus.meta["source"],
-                tokenizer=model.tokenizer.checksum, log_p=model.log_p, step=done, model=model.state_dict(), ema=ema,
-                optimizers=[optimizer.state_dict() for optimizer in optimizers]))
+                kind=kind, config=lasting(config) | {"dataset": Path(config.dataset).name, "data_dir": ""},
+                source=corpus.meta["source"], tokenizer=model.tokenizer.checksum, log_p=model.log_p, step=done,
+                model=model.state_dict(), ema=ema, optimizers=[optimizer.state_dict() for optimizer in optimizers]))
         if not history:
             mark = time.perf_counter()
     bar.close()
@@ -765,7 +773,7 @@ def build(config: Config, tokenizer: data.Tokenizer, log_p: Tensor, kind: str = 
 def corpus_of(config: Config) -> data.Corpus:
     """The tokenised text of these settings."""
     return data.prepare(**{name: getattr(config, name) for name in (
-        "dataset", "tokenizer", "vocab_size", "seq_len", "packing", "seed", "batch_size")})
+        "dataset", "data_dir", "data_url", "tokenizer", "vocab_size", "seq_len", "packing", "seed", "batch_size")})
 
 
 def corpus_for(config: Config, device: torch.device) -> data.Corpus:
@@ -847,7 +855,7 @@ def main(argv: list[str]) -> None:
     settings, given = command_line(argv)
     if settings["sample"]:
         return write_samples(Config(**settings), "flm", partial(sample, churn=settings["churn"]))
-    data.source_file(settings["dataset"])
+    sources.find(settings["dataset"], settings["data_dir"], settings["data_url"])
     config = Config(**open_folder(settings, given, "flm", Config))
     check(config)
     device = setup(config.device, config.threads)

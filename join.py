@@ -5,8 +5,9 @@ from pathlib import Path
 
 import data
 import flm
-from data import UserError
+import sources
 from run import FREE, lasting, open_folder, parse, read_settings, say, setup, validate
+from sources import UserError
 
 MACHINES = {"bf16", "compile", "micro_batch_size", "loss_chunk"}  # the flow may have been trained on another one
 
@@ -35,14 +36,14 @@ def join(settings: dict, given: set[str], kind: str, Config: type, preset: dict[
     reads, the frozen flow, and its corpus. Raises UserError where the flow is missing, its text changed, or K.pt there."""
     folder, device = Path(settings["run_dir"]), setup(settings["device"], settings["threads"])
     flow = load_flow(folder / "flm.pt")
-    dataset = text_of(folder)
-    inherited = lasting(flow.config) | {"dataset": dataset} | preset.get(dataset, {})
+    text = text_of(folder)
+    inherited = lasting(flow.config) | text | preset.get(text["dataset"], {})
     settings |= {name: value for name, value in inherited.items() if name not in own(Config) | MACHINES | given}
     config = Config(**open_folder(settings, given, kind, Config))
     flm.check(config)
     training = flm.Config(**{f.name: getattr(config, f.name) for f in fields(flm.Config)})
     corpus = flm.corpus_for(training, device)
-    check_text(flow, corpus, dataset)
+    check_text(flow, corpus, text["data_dir"] or text["dataset"])
     config.bf16 = flow.config.bf16 = training.bf16
     return config, training, flow.to(device), corpus
 
@@ -57,19 +58,21 @@ def load_flow(path: Path) -> flm.Transformer:
     return model.requires_grad_(False)
 
 
-def text_of(folder: Path) -> str:
-    """The path of the text that the flow of a run was trained on. Raises UserError if it is not there."""
-    dataset = read_settings(folder, "flm", flm.Config)["dataset"]  # checkpoints keep only its name
+def text_of(folder: Path) -> dict[str, str]:
+    """The dataset and data_dir that the flow of a run was trained on. Raises UserError if they are not there."""
+    settings = read_settings(folder, "flm", flm.Config)  # checkpoints keep only a name
+    text = {name: settings[name] for name in ("dataset", "data_dir")}
     try:
-        data.source_file(dataset)
+        sources.find(**text)
     except UserError:
-        raise UserError(f"{dataset}: not there, and the flow in {folder} was trained on it; run where it is, or put it "
-                        "back") from None
-    return dataset
+        raise UserError(f"{text['data_dir'] or text['dataset']}: not there, and the flow in {folder} was trained on it; run "
+                        "where it is, or put it back") from None
+    return text
 
 
 def check_text(model: flm.Transformer, corpus: data.Corpus, path: str) -> None:
-    """Raises UserError if the text at `path` is not what the model was trained on."""
+    """Raises UserError if the corpus, the text at `path`, is not what the model was trained on, as far as that is known."""
     name = "flow" if model.kind == "flm" else model.kind
-    if (model.source, model.tokenizer.checksum) != (corpus.meta["source"], corpus.tokenizer.checksum):
+    source, tokenizer = corpus.meta["source"], corpus.tokenizer.checksum
+    if (model.source or source, model.tokenizer.checksum) != (source, tokenizer):
         raise UserError(f"{path}: is no longer the text that the {name} was trained on; put that back, or train anew")

@@ -22,12 +22,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data import UserError
+from sources import UserError
 
 # Flags that may differ from those a run was begun with, and are not kept with it: they decide no weight (but for rounding,
 # which follows device and threads).
-FREE = {"run_dir", "device", "threads", "resume", "overwrite", "stop_after", "sample", "sample_steps", "num_samples",
-        "churn", "renoise", "out"}
+FREE = {"run_dir", "data_url", "device", "threads", "resume", "overwrite", "stop_after", "sample", "sample_steps",
+        "num_samples", "churn", "renoise", "out"}
 
 
 # -------------------------------------------------------------------------------------------------------------- flags

@@ -28,8 +28,9 @@ import distill
 import evaluate
 import flm
 import join
-from data import UserError
+import sources
 from run import read_checkpoint, write_checkpoint
+from sources import UserError
 
 HERE = Path(__file__).parent
 TINY = "--depth 2 --width 16 --heads 2 --cond-width 8 --batch-size 8 --eval-rows 8 --log-every 1 --warmup 0 --no-bf16"
@@ -909,7 +910,7 @@ def test_every_tokenizer_returns_the_text_it_was_given(folder, monkeypatch):
     texts = ["the lazy dog", "  two  spaces ", "naïve café — 東京 🙂", "<|end|> [SEP] <|endoftext|>", "tab\tand \\ slash"]
     (folder / "a.txt").write_text("\n".join(texts * 30), encoding="utf-8")
     for kind in data.TOKENIZERS:
-        tokenizer = data.make_tokenizer(kind, folder / "a.txt", 300)
+        tokenizer = data.make_tokenizer(kind, sources.find("a.txt"), 300)
         tokenizer.save(folder / "t.json")
         again = data.Tokenizer.load(folder / "t.json")
         ids = again.encode(texts)
@@ -921,7 +922,7 @@ def test_every_tokenizer_returns_the_text_it_was_given(folder, monkeypatch):
         else:
             assert decoded == texts
             assert again.decode([*ids[0], again.end, *ids[1]]) == texts[0] + "\n" + texts[1]
-    assert data.make_tokenizer("bpe", folder / "a.txt", 300).vocab_size == 300
+    assert data.make_tokenizer("bpe", sources.find("a.txt"), 300).vocab_size == 300
 
 
 def test_a_text_too_short_to_hold_anything_out_says_so(folder):
@@ -938,7 +939,7 @@ def test_an_epoch_visits_every_row_once_and_batches_are_pure(folder):
     rows = torch.cat([corpus.batch("train", 0, range(start, min(start + 1000, n))) for start in range(0, n, 1000)])
     words = {corpus.tokenizer.decode(row) for row in rows}
     assert len(words) == n == 28509
-    every = {text for _, text in data.documents(data.EMBEDDED["words"])}
+    every = {text for batch in data.documents(sources.find("words")) for text in batch.texts}
     assert every - words == {text for text in every if data.held_out(text)}  # the rest is held out
     assert torch.equal(corpus.batch("train", 2, range(10, 20)), corpus.batch("train", 0, range(210, 220)))
     assert not torch.equal(corpus.batch("train", 0, range(100)), corpus.batch("train", 0, range(n, n + 100)))
@@ -948,7 +949,7 @@ def test_packed_rows_are_the_running_text(folder):
     (folder / "a.txt").write_text("\n".join(f"line {i} of some text" for i in range(300)))
     corpus = data.prepare("a.txt", "chars", 32, True, seed=0, batch_size=4)
     text = corpus.tokenizer.decode(corpus.splits["train"])
-    assert text.split("\n") == [t for _, t in data.documents(folder / "a.txt") if not data.held_out(t)]
+    assert text.split("\n") == [t for t in Path("a.txt").read_text().split("\n") if not data.held_out(t)]
     circle = text + "\n" + text
     assert all(corpus.tokenizer.decode([*row, 0]).strip("\n") in circle for row in corpus.batch("train", 5, range(40)))
     assert torch.allclose(corpus.log_p.exp().sum(), torch.tensor(1.0))
@@ -999,7 +1000,7 @@ def test_a_judge_of_hugging_face_reads_texts_in_its_own_tokens(folder):
     transformers = pytest.importorskip("transformers")
     texts = ["the lazy dog", "a quick brown fox jumps", "dog", "over"]
     (folder / "a.txt").write_text("\n".join(texts * 30))
-    codec = data.make_tokenizer("bpe", folder / "a.txt", 280).codec
+    codec = data.make_tokenizer("bpe", sources.find("a.txt"), 280).codec
     codec.add_special_tokens(["<end>"])
     transformers.PreTrainedTokenizerFast(tokenizer_object=codec, eos_token="<end>").save_pretrained("judge")
     config = transformers.GPT2Config(vocab_size=280, n_positions=16, n_embd=16, n_layer=2, n_head=2)
@@ -1007,7 +1008,7 @@ def test_a_judge_of_hugging_face_reads_texts_in_its_own_tokens(folder):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     model.save_pretrained("judge")
-    ours = data.make_tokenizer("chars", folder / "a.txt", 0)
+    ours = data.make_tokenizer("chars", sources.find("a.txt"), 0)
     rows = [ids + [ours.end] * (i != 1) for i, ids in enumerate(ours.encode(texts))]  # one has not ended
     nats = count = 0
     for i, text in enumerate(texts):

@@ -1,0 +1,369 @@
+"""Where text comes from: a text file, lm1b's tarball, OpenWebText's parquet files; each as documents in a fixed order.
+
+Nothing is unpacked to disk and no more than a few MiB of text are held, however large the corpus.
+"""
+
+import errno
+import functools
+import gzip
+import hashlib
+import http.client
+import lzma
+import re
+import sys
+import tarfile
+import time
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+EMBEDDED = {name: Path(__file__).parent / "corpora" / f"{name}.txt.xz" for name in ("words", "sotu")}
+DATASETS = (*EMBEDDED, "lm1b", "owt")
+LM1B = dict(url="http://www.statmt.org/lm-benchmark/1-billion-word-language-modeling-benchmark-r13output.tar.gz",
+            size=1_792_209_805, sha256="01ba60381110baf7f189dfd2b8374de371e8c9a340835793f190bdae9e90a34e")
+OWT = "Skylion007/openwebtext"  # its repository on the Hugging Face hub
+BLOCK, LONGEST = 2**20, 2**26  # bytes: of a batch of lines, and the most that one line may have
+RETRIES, WAIT = 8, 1.0  # attempts in a row that bring nothing, seconds before the second one (they double)
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; its message is the one line to print (exit status 2)."""
+
+
+class Batch(NamedTuple):
+    """Some documents that follow each other in a corpus."""
+
+    place: str  # the file they are in
+    numbers: list[int]  # the line, or row, of each in it
+    texts: list[str]  # none of them blank
+    split: str | None  # "train" or "heldout" where the source has a split of its own
+    position: int  # how far the source has been read, of Source.size
+
+
+@dataclass
+class Source:
+    """A corpus before it is tokenised."""
+
+    name: str
+    checksum: Callable[[], str]  # tells it from all others; reads what it needs to
+    held_out: str  # which documents are: in words
+    size: int  # bytes to read, for a progress bar; 0: not known yet
+    batches: Callable[[], Iterator[Batch]]  # the same ones at each call; raises UserError for what cannot be read
+    detokenise: bool = False
+
+
+def find(dataset: str, data_dir: str = "", data_url: str = "", cache: str = "data") -> Source:
+    """The source behind --dataset and --data-dir; reads and downloads nothing yet. Raises UserError where there is none."""
+    folder = Path(data_dir)
+    if data_dir and dataset not in ("lm1b", "owt"):
+        raise UserError(f"--data-dir {data_dir}: is for lm1b and owt; give the text itself as --dataset")
+    if data_dir and not folder.exists():
+        raise UserError(f"--data-dir {data_dir}: no such file or folder")
+    if data_url and (dataset != "lm1b" or data_dir):
+        raise UserError(f"--data-url {data_url}: is where lm1b is downloaded from; it goes with no other --dataset, nor "
+                        "with --data-dir")
+    if dataset == "lm1b":
+        return lm1b(folder if data_dir else None, data_url or LM1B["url"], Path(cache))
+    if dataset == "owt":
+        return owt(folder if data_dir else None)
+    path = EMBEDDED.get(dataset, Path(dataset))
+    if not path.is_file():
+        raise UserError(f"--dataset {dataset}: not a file; give {', '.join(DATASETS)} or a text file")
+    return Source(path.name.split(".")[0], lambda: sha256(path), "one line in twenty, by its hash", path.stat().st_size,
+                  lambda: text_file(path))
+
+
+# -------------------------------------------------------------------------------------------------------- text files
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turns what goes wrong while `path` is read into a UserError that names it."""
+    try:
+        yield
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, tarfile.TarError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+def sha256(path: Path) -> str:
+    with readable(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def listing(folder: Path, files: list[Path]) -> str:
+    """A checksum of large files: of their names, sizes, and first and last 64 KiB."""
+    total = hashlib.sha256()
+    for path in files:
+        with readable(path), open(path, "rb") as file:
+            size = path.stat().st_size
+            total.update(f"{path.relative_to(folder).as_posix()}\n{size}\n".encode() + file.read(2**16))
+            file.seek(max(0, size - 2**16))
+            total.update(file.read())
+    return total.hexdigest()
+
+
+def lines(file: BinaryIO, place: str) -> Iterator[tuple[list[int], list[str]]]:
+    """The numbers and texts of the lines of a UTF-8 file that are not blank, about a MiB at a time."""
+    number, rest, last = 1, b"", False
+    while not last:
+        block = file.read(BLOCK)
+        last, rest = not block, rest + block
+        cut = len(rest) if last else rest.rfind(b"\n") + 1
+        if not cut:
+            if len(rest) > LONGEST:
+                raise UserError(f"{place}:{number}: a line of more than {LONGEST >> 20} MiB; break it into documents")
+            continue
+        whole, rest = rest[:cut], rest[cut:]
+        try:
+            texts = whole.decode("utf-8-sig" if number == 1 else "utf-8").split("\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{place}:{number + whole.count(10, 0, error.start)}: not UTF-8 ({error.reason}); convert the "
+                            "file to UTF-8") from None
+        kept = [(i, text.rstrip("\r")) for i, text in enumerate(texts, start=number) if text.strip()]
+        yield [i for i, _ in kept], [text for _, text in kept]
+        number += len(texts) - 1
+
+
+def text_file(path: Path) -> Iterator[Batch]:
+    """A .txt, .txt.gz or .txt.xz with one document a line."""
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, nullcontext)
+    with readable(path), open(path, "rb") as raw, opener(raw) as file:
+        for numbers, texts in lines(file, str(path)):
+            yield Batch(str(path), numbers, texts, None, raw.tell())
+
+
+# -------------------------------------------------------------------------------------------------------------- lm1b
+# The One Billion Word benchmark (Chelba et al. 2014): news, one sentence a line, shuffled, and tokenised by spaces.
+
+SHARDS = {"train": re.compile(r"(^|/)training-monolingual\.tokenized\.shuffled/news\.en-\d{5}-of-00100$"),
+          "heldout": re.compile(r"(^|/)heldout-monolingual\.tokenized\.shuffled/news\.en\.heldout-\d{5}-of-00050$")}
+
+
+def split_of(name: str) -> str | None:
+    """The split that a file of the benchmark belongs to, if any."""
+    return next((split for split, pattern in SHARDS.items() if pattern.search(name)), None)
+
+
+def lm1b(given: Path | None, url: str, cache: Path) -> Source:
+    """The published tarball, downloaded to cache/lm1b, or a tarball or folder of the same layout."""
+    source = Source("lm1b", lambda: LM1B["sha256"], "its own files", LM1B["size"], lambda: iter(()), True)
+    if given is None:
+        source.batches = lambda: tarball(download(url, cache / "lm1b" / LM1B["url"].split("/")[-1], **{
+            name: LM1B[name] for name in ("size", "sha256")}))
+        return source
+    if given.is_dir() and (inside := given / LM1B["url"].split("/")[-1]).is_file():
+        given = inside
+    if given.is_file():
+        source.checksum, source.size, source.batches = lambda: sha256(given), given.stat().st_size, lambda: tarball(given)
+        return source
+    files = sorted(path for path in given.rglob("news.en*") if path.is_file() and split_of(path.as_posix()))
+    if not files:
+        raise UserError(f"--data-dir {given}: holds neither {LM1B['url'].split('/')[-1]} nor training-monolingual.tokenized."
+                        "shuffled/news.en-000NN-of-00100")
+    source.checksum, source.size = lambda: listing(given, files), sum(path.stat().st_size for path in files)
+    source.batches = lambda: shards(files)
+    return source
+
+
+def shards(files: list[Path]) -> Iterator[Batch]:
+    before = 0
+    for path in files:
+        with readable(path), open(path, "rb") as file:
+            for numbers, texts in lines(file, str(path)):
+                yield Batch(str(path), numbers, texts, split_of(path.as_posix()), before + file.tell())
+        before += path.stat().st_size
+
+
+def tarball(path: Path) -> Iterator[Batch]:
+    """The lines of the benchmark's files in a .tar.gz, read as a stream, in its order; all else in it is passed over."""
+    found = False
+    with readable(path), open(path, "rb") as raw, gzip.open(raw) as unpacked:
+        with tarfile.open(fileobj=unpacked, mode="r|") as archive:
+            for member in archive:
+                if member.isreg() and (split := split_of(member.name)):
+                    found = True
+                    for numbers, texts in lines(archive.extractfile(member), f"{path}/{member.name}"):
+                        yield Batch(f"{path}/{member.name}", numbers, texts, split, raw.tell())
+        while unpacked.read(BLOCK):  # to the end, where gzip's checksum stands
+            pass
+    if not found:
+        raise UserError(f"{path}: holds no training-monolingual.tokenized.shuffled/news.en-000NN-of-00100")
+
+
+def download(url: str, path: Path, size: int, sha256: str) -> Path:
+    """Downloads `url` to `path`, unless it is there, and returns `path`. What a broken attempt left in path.part is gone
+    on with.
+
+    Raises UserError where the server has no such file, or another one; nothing but the whole right file is ever `path`.
+    """
+    from tqdm import tqdm
+
+    if path.is_file():
+        return path
+    part, most, failures, have = path.with_name(path.name + ".part"), 0, 0, 0
+    with writable(part):
+        part.parent.mkdir(parents=True, exist_ok=True)
+        file = open(part, "ab", buffering=0)
+    with file, tqdm(total=size, desc=path.name, unit="B", unit_scale=True, unit_divisor=1024, file=sys.stderr,
+                    mininterval=1) as bar:
+        while (have := file.tell()) < size:
+            bar.n, fault = have, "the connection was closed"
+            try:
+                request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    if have and answer.status != 206:  # it knows no ranges
+                        file.truncate(0)
+                        have = file.seek(0)
+                    length = answer.headers["Content-Length"]
+                    if length and have + int(length) != size:
+                        raise UserError(f"{url}: has {have + int(length)} bytes instead of {size}; give another --data-url, "
+                                        "or a copy by --data-dir")
+                    while block := answer.read(BLOCK):
+                        bar.update(len(block))
+                        with writable(part):
+                            while block:
+                                block = block[file.write(block) :]
+            except urllib.error.HTTPError as error:
+                if error.code == 416:  # another file's part
+                    file.truncate(0)
+                    file.seek(0)
+                elif error.code < 500 and error.code not in (408, 429):
+                    raise UserError(f"{url}: {error}; give another --data-url, or a copy by --data-dir") from None
+                fault = str(error)
+            except (OSError, http.client.HTTPException) as error:
+                fault = str(error)
+            except ValueError as error:
+                raise UserError(f"--data-url {url}: {error}") from None
+            failures = 0 if file.tell() > most else failures + 1
+            most = max(most, file.tell())
+            if failures == RETRIES:
+                raise UserError(f"{url}: {fault}; {file.tell()} of {size} bytes are kept, the same command goes on")
+            if failures:
+                time.sleep(WAIT * 2 ** (failures - 1))
+    with readable(part), open(part, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if (have, found) != (size, sha256):
+        part.unlink()
+        raise UserError(f"{url}: its {have} bytes are not those of the published file (sha256 {found[:16]}, not "
+                        f"{sha256[:16]}); removed; try again, or give another --data-url")
+    with writable(path):
+        part.rename(path)
+    return path
+
+
+@contextmanager
+def writable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        kept = "; make room: the same command goes on" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise UserError(f"{path}: cannot be written ({error.strerror}){kept}") from None
+
+
+DETOKENISED = [(re.compile(pattern), replacement) for pattern, replacement in (
+    (r"\b(https?) : / / ?", r"\1://"),
+    (r"(?<=\w) ('(?:s|t|m|d|re|ve|ll|S|T|M|D|RE|VE|LL)\b)", r"\1"),  # it 's, don 't
+    (r" ([.?!,:;])(?=[ \n]|$)", r"\1"),
+    (r"([$£]) (?=\d)", r"\1"),
+    (r'" ([^"\n]*?) "', r'"\1"'),
+    (r"(?<=[ \n])' ([^'\n]*?) '(?=[ \n.,?!]|$)|^' ([^'\n]*?) '(?=[ \n.,?!]|$)", r"'\1\2'"),
+    (r"\( ([^()\n]*?) \)", r"(\1)"),
+    (r"\[ ([^\[\]\n]*?) \]", r"[\1]"),
+    (r"(?<=\w) / (?=\w)", r"/"),
+)]
+
+
+def detokenise(text: str) -> str:
+    """Undoes what tokenising did to lm1b's punctuation; of many lines at once, none of which touches another."""
+    for pattern, replacement in DETOKENISED:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+# --------------------------------------------------------------------------------------------------------------- owt
+# OpenWebText (Gokaslan and Cohen 2019): 8,013,769 web pages.
+
+
+def owt(given: Path | None) -> Source:
+    """The hub's parquet files, or a folder of parquet or text files, in the order of their names; one file will do."""
+    held_out = "the last 100000 documents, or one in twenty if there are fewer than two million"
+    if given is None:
+        return Source("owt", lambda: f"hub:{OWT}", held_out, 0, lambda: last_held_out(hub_files()))
+    files = [given] if given.is_file() else sorted(path for path in given.rglob("*") if path.is_file())
+    files = [path for path in files if path.suffix == ".parquet"] or [
+        path for path in files if path.name.endswith((".txt", ".txt.gz", ".txt.xz"))]
+    if not files:
+        raise UserError(f"--data-dir {given}: holds no .parquet, .txt, .txt.gz or .txt.xz")
+    return Source("owt", lambda: listing(given if given.is_dir() else given.parent, files), held_out,
+                  sum(path.stat().st_size for path in files), lambda: last_held_out(files))
+
+
+def hub_files() -> list[Path]:
+    """The paths of OpenWebText's parquet files, which the hub's own client downloads, resumes and keeps."""
+    import huggingface_hub
+
+    parquet()
+    try:
+        folder = huggingface_hub.snapshot_download(OWT, repo_type="dataset", allow_patterns="*.parquet")
+    except Exception as error:  # its client raises many kinds
+        raise UserError(f"--dataset owt: could not be downloaded ({type(error).__name__}); the same command goes on, or "
+                        "give a copy by --data-dir") from None
+    if not (files := sorted(Path(folder).rglob("*.parquet"))):
+        raise UserError(f"--dataset owt: {OWT} has no parquet files any more; give a copy by --data-dir")
+    return files
+
+
+def parquet():
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError("--dataset owt: parquet files are read by pyarrow; pip install pyarrow, or give text files by "
+                        "--data-dir") from None
+    return pyarrow.parquet
+
+
+def parquet_file(path: Path) -> Iterator[Batch]:
+    """The column `text` of a parquet file, 1000 rows at a time."""
+    try:
+        with parquet().ParquetFile(path) as file:
+            if "text" not in file.schema_arrow.names:
+                raise UserError(f"{path}: has no column text, but {', '.join(file.schema_arrow.names)}")
+            row = 0
+            for some in file.iter_batches(1000, columns=["text"]):
+                texts = some.column(0).to_pylist()
+                kept = [(i, text) for i, text in enumerate(texts, start=row) if text and text.strip()]
+                row += len(texts)
+                yield Batch(str(path), [i for i, _ in kept], [text for _, text in kept], None,
+                            row * path.stat().st_size // file.metadata.num_rows)
+    except (OSError, ValueError) as error:  # pyarrow's own are of these kinds
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+def last_held_out(files: list[Path]) -> Iterator[Batch]:
+    """The documents of these files, the last of them held out."""
+    total = count(tuple(files))
+    left = total - min(100_000, total // 20)  # to train on
+    for batch in files_in_turn(files):
+        for split, part in ("train", slice(0, max(left, 0))), ("heldout", slice(max(left, 0), None)):
+            if batch.texts[part]:
+                yield batch._replace(numbers=batch.numbers[part], texts=batch.texts[part], split=split)
+        left -= len(batch.texts)
+
+
+def files_in_turn(files: Iterable[Path]) -> Iterator[Batch]:
+    before = 0
+    for path in files:
+        for batch in parquet_file(path) if path.suffix == ".parquet" else text_file(path):
+            yield batch._replace(position=before + batch.position)
+        before += path.stat().st_size
+
+
+@functools.cache
+def count(files: tuple[Path, ...]) -> int:
+    """How many documents there are in all."""
+    return sum(len(batch.texts) for batch in files_in_turn(files))
