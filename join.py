@@ -62,6 +62,8 @@ def text_of(folder: Path) -> dict[str, str]:
     """The dataset and data_dir that the flow of a run was trained on. Raises UserError if they are not there."""
     settings = read_settings(folder, "flm", flm.Config)  # checkpoints keep only a name
     text = {name: settings[name] for name in ("dataset", "data_dir")}
+    if not text["dataset"]:
+        raise UserError(f"{folder}: was converted without a text; convert it again with --dataset lm1b or owt")
     try:
         sources.find(**text)
     except UserError:

@@ -193,9 +193,7 @@ def read_checkpoint(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; train one first: {program(path.stem)} --run-dir {path.parent}")
     try:
-        with zipfile.ZipFile(path) as records:
-            if (bad := records.testzip()) is not None:
-                raise ValueError(f"{bad} is damaged")
+        verify(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or not {"kind", "config", "tokenizer", "log_p", "model", "ema"} <= content.keys():
             raise ValueError("not written by this program")
@@ -204,6 +202,13 @@ def read_checkpoint(path: Path) -> dict:
         spare = path.with_suffix(".prev.pt")
         mend = f"{spare} is the one before it: rename that" if spare.exists() else "train again with --overwrite"
         raise UserError(f"{path}: not a whole checkpoint ({first_line(error)}); {mend}") from None
+
+
+def verify(path: Path) -> None:
+    """Checks the checksums of a file that torch.save wrote; raises one of many errors where it is damaged."""
+    with zipfile.ZipFile(path) as records:
+        if (bad := records.testzip()) is not None:
+            raise ValueError(f"{bad} is damaged")
 
 
 def program(kind: str) -> str:
