@@ -32,7 +32,7 @@ NAMES = [(r"^vocab_embed\.", ""), (r"^sigma_map_prime\.", "time_t."), (r"^sigma_
 
 
 class Nothing:
-    """Stands for an object of a class that is not to be trusted: takes every argument and state, and does nothing."""
+    """Stands for a class or function that is not to be trusted: takes all arguments and any state, and does nothing."""
 
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls)
@@ -42,6 +42,21 @@ class Nothing:
 
     def __setstate__(self, state):
         pass
+
+
+class NoDict(Nothing):
+    def __new__(cls, *args):  # for a kind of dict, a plain one, which then takes the items
+        return {}
+
+
+class NoList(Nothing):
+    def __new__(cls, *args):
+        return []
+
+
+def stand_in(name: str) -> type[Nothing]:
+    """What to make in place of the class or function of this name."""
+    return NoDict if name.lower().endswith("dict") else NoList if name.lower().endswith("list") else Nothing
 
 
 def read(path: Path) -> dict:
@@ -55,12 +70,13 @@ def read(path: Path) -> dict:
             return {"state_dict": load_file(path)}
         verify(path)
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        with torch.serialization.safe_globals([(Nothing, name) for name in unknown]):
+        with torch.serialization.safe_globals([(stand_in(name), name) for name in unknown]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
         raise UserError(f"{path}: is read by safetensors; pip install safetensors") from None
     except Exception as error:  # zipfile, torch and pickle each raise their own
-        raise UserError(f"{path}: not a whole checkpoint ({first_line(error)}); download it again") from None
+        reason = re.sub(r"^Weights only(.|\n)*WeightsUnpickler error:\s*", "", str(error))
+        raise UserError(f"{path}: not a whole checkpoint ({first_line(ValueError(reason))}); download it again") from None
 
 
 def weights(content: dict, path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -97,8 +113,9 @@ def settings_of(trained: dict[str, Tensor], args: argparse.Namespace, path: Path
     if D % HEAD:
         raise UserError(f"{path}: its width {D} is no multiple of {HEAD}, the width of a head")
     preset = flm.PRESETS[args.dataset] if args.dataset else dict(seq_len=args.seq_len)
-    return preset | dict(dataset=args.dataset, depth=depth, width=D, heads=D // HEAD, cond_width=cond_width,
-                         logit_cap=args.logit_cap, attention_cap=50.0, bf16=True, run_dir=args.run_dir)
+    return preset | dict(
+        dataset=args.dataset, data_dir=args.data_dir, depth=depth, width=D, heads=D // HEAD, cond_width=cond_width,
+        logit_cap=args.logit_cap, attention_cap=50.0, bf16=True, run_dir=args.run_dir)
 
 
 def convert(path: Path, args: argparse.Namespace) -> str:
@@ -128,7 +145,8 @@ def convert(path: Path, args: argparse.Namespace) -> str:
         ema = [p.detach().clone() for p in model.parameters()]
         model.load_state_dict(second | trained)
     except RuntimeError as error:
-        raise UserError(f"{path}: not the network of the paper's authors ({' '.join(str(error).split())[:300]})") from None
+        reason = " ".join(line.strip() for line in str(error).splitlines()[1:])[:200]  # the first names our class
+        raise UserError(f"{path}: not the network of the paper's authors ({reason})") from None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(there)
@@ -136,7 +154,7 @@ def convert(path: Path, args: argparse.Namespace) -> str:
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); give another --run-dir") from None
     write_checkpoint(folder / f"{kind}.pt", dict(
-        kind=kind, config=lasting(network), source="", tokenizer=tokenizer.checksum, log_p=model.log_p,
+        kind=kind, config=lasting(network) | {"data_dir": ""}, source="", tokenizer=tokenizer.checksum, log_p=model.log_p,
         step=config.max_steps, model=model.state_dict(), ema=ema, optimizers=[]))
     return kind
 
@@ -146,6 +164,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("checkpoint", help="a .ckpt, or the .safetensors of the same network")
     parser.add_argument("--run-dir", required=True, help="folder to make a run of")
     parser.add_argument("--dataset", default="", choices=("lm1b", "owt"), help="its text: gives length and tokenizer")
+    parser.add_argument("--data-dir", default="", help="where that text is, if it is not to be downloaded (as for flm.py)")
     parser.add_argument("--seq-len", type=int, default=0, help="its length, without --dataset: samples are token ids then")
     parser.add_argument("--logit-cap", default="30", choices=("none", "30"),
                         help="none: the paper's first version, which had no cap on its output (default 30)")

@@ -265,16 +265,18 @@ def writable(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be written ({error.strerror}){kept}") from None
 
 
+# A pattern that begins with plain characters is searched for ten times as fast: so each looks behind after its first ones.
 DETOKENISED = [(re.compile(pattern), replacement) for pattern, replacement in (
-    (r"\b(https?) : / / ?", r"\1://"),
-    (r"(?<=\w) ('(?:s|t|m|d|re|ve|ll|S|T|M|D|RE|VE|LL)\b)", r"\1"),  # it 's, don 't
-    (r" ([.?!,:;])(?=[ \n]|$)", r"\1"),
-    (r"([$£]) (?=\d)", r"\1"),
-    (r'" ([^"\n]*?) "', r'"\1"'),
-    (r"(?<=[ \n])' ([^'\n]*?) '(?=[ \n.,?!]|$)|^' ([^'\n]*?) '(?=[ \n.,?!]|$)", r"'\1\2'"),
+    (r"http(s?) : / / ?", r"http\1://"),
+    (r" '(s|t|m|d|re|ve|ll|S|T|M|D|RE|VE|LL)\b", r"'\1"),  # it 's, isn 't
+    (r" ([.?!,:;])(?!\S)", r"\1"),
+    (r"\$ (?=\d)", "$"),
+    (r"£ (?=\d)", "£"),
+    (r'"(?<!\S") ([^"\n]*?) "(?=[\s.?!,:;)\]]|$)', r'"\1"'),
+    (r"'(?<!\S') ([^'\n]*?) '(?=[\s.?!,:;)\]]|$)", r"'\1'"),
     (r"\( ([^()\n]*?) \)", r"(\1)"),
     (r"\[ ([^\[\]\n]*?) \]", r"[\1]"),
-    (r"(?<=\w) / (?=\w)", r"/"),
+    (r" / (?<=\w / )(?=\w)", "/"),
 )]
 
 

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 
 import baselines
 import bench
+import convert
 import data
 import distill
 import evaluate
@@ -889,6 +891,176 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_check
     flm.load(folder / "flm.pt")
 
 
+# ---------------------------------------------------------------------------------------------- released checkpoints
+
+
+def textbook_logits(w: dict, x: torch.Tensor, tau_s: torch.Tensor, tau_t: torch.Tensor | None, cap: float) -> torch.Tensor:
+    """The authors' network in their names, as its description says, from one-hot states x (B, L, V)."""
+    def time(name, tau):
+        angle = tau[:, None] * torch.exp(-math.log(10000) * torch.arange(128) / 128)
+        features = torch.cat([angle.cos(), angle.sin()], 1)
+        hidden = F.silu(F.linear(features, w[f"{name}.mlp.0.weight"], w[f"{name}.mlp.0.bias"]))
+        return F.linear(hidden, w[f"{name}.mlp.2.weight"], w[f"{name}.mlp.2.bias"])
+
+    def norm(h, weight):
+        return F.layer_norm(h, h.shape[-1:]) * weight
+
+    def turn(h):  # (B, L, heads, 64): pairs (j, j + 32) turn by position / 10000^(j/32)
+        angle = torch.arange(h.shape[1])[:, None] / 10000 ** (torch.arange(32) / 32)
+        z = torch.complex(h[..., :32], h[..., 32:]) * torch.polar(torch.ones_like(angle), angle)[:, None]
+        return torch.cat([z.real, z.imag], -1)
+    cond = F.silu(time("sigma_map", tau_s) + (0 if tau_t is None else time("sigma_map_prime", tau_t)))
+    h = x @ w["vocab_embed.embedding"]
+    B, L, D = h.shape
+    for i in range(sum(name.endswith("attn_qkv.weight") for name in w)):
+        b = {name.removeprefix(f"blocks.{i}."): value for name, value in w.items() if name.startswith(f"blocks.{i}.")}
+        shift1, scale1, gate1, shift2, scale2, gate2 = F.linear(
+            cond, b["adaLN_modulation.weight"], b["adaLN_modulation.bias"])[:, None].split(D, -1)
+        qkv = (norm(h, b["norm1.weight"]) * (1 + scale1) + shift1) @ b["attn_qkv.weight"].T
+        q, k, v = qkv.view(B, L, 3, D // 64, 64).unbind(2)
+        scores = torch.einsum("blhd,bmhd->bhlm", turn(q), turn(k)) / 8
+        read = torch.einsum("bhlm,bmhd->blhd", (50 * torch.tanh(scores / 50)).softmax(-1), v).reshape(B, L, D)
+        h = h + gate1 * (read @ b["attn_out.weight"].T)
+        hidden = (norm(h, b["norm2.weight"]) * (1 + scale2) + shift2) @ b["mlp.0.weight"].T + b["mlp.0.bias"]
+        h = h + gate2 * (F.gelu(hidden, approximate="tanh") @ b["mlp.2.weight"].T + b["mlp.2.bias"])
+    shift, scale = F.linear(cond, w["output_layer.adaLN_modulation.weight"], w["output_layer.adaLN_modulation.bias"]
+                            )[:, None].split(D, -1)
+    h = norm(h, w["output_layer.norm_final.weight"]) * (1 + scale) + shift
+    z = h @ w["output_layer.linear.weight"].T + w["output_layer.linear.bias"]
+    return cap * torch.tanh(z / cap) if cap else z
+
+
+def released(path: str, V: int, two_times: bool, extra: dict | None = None, D: int = 64, C: int = 8) -> dict:
+    """Writes a checkpoint in the form of the released ones, with random weights and all that may stand about in one; returns
+    the average weights by the authors' names."""
+    def linear(name, rows, columns, bias=True):
+        return {f"{name}.weight": (rows, columns)} | ({f"{name}.bias": (rows,)} if bias else {})
+    shapes = {"vocab_embed.embedding": (V, D)}
+    for time in ("sigma_map", "sigma_map_prime")[: 1 + two_times]:
+        shapes |= linear(f"{time}.mlp.0", C, 256) | linear(f"{time}.mlp.2", C, C)
+    if two_times:
+        shapes |= {"learnable_loss_weighting.mlp.weight": (3, 3)}
+    for i in range(2):
+        shapes |= {f"blocks.{i}.{name}": shape for name, shape in (
+            {"norm1.weight": (D,)} | linear("attn_qkv", 3 * D, D, False) | linear("attn_out", D, D, False)
+            | {"norm2.weight": (D,)} | linear("mlp.0", 4 * D, D) | linear("mlp.2", D, 4 * D)
+            | linear("adaLN_modulation", 6 * D, C)).items()}
+    shapes |= {"output_layer.norm_final.weight": (D,)} | linear("output_layer.linear", V, D)
+    shapes |= linear("output_layer.adaLN_modulation", 2 * D, C)
+    average, trained = ({name: torch.randn(shape) / math.sqrt(shape[-1]) for name, shape in shapes.items()}
+                        for _ in range(2))
+    state = {f"backbone._orig_mod.{name}": value for name, value in trained.items()}
+    state["backbone._orig_mod.rotary_emb.inv_freq"] = torch.randn(32)
+    state |= {f"teacher_model.{name}": value + 1 for name, value in trained.items()}
+    torch.save({"state_dict": state, "ema": {"decay": 0.9999, "num_updates": 7, "shadow_params": [*average.values()]},
+                "global_step": 5, "loops": {}} | (extra or {}), path)
+    return average
+
+
+@pytest.mark.parametrize("cap", (30, 0))
+@pytest.mark.parametrize("two_times", (False, True))
+def test_a_released_checkpoint_gives_the_logits_of_the_authors_network(folder, two_times, cap):
+    """To 1e-4, the bound asked for. The textbook above, in turn, gives the logits that the authors' own code had computed
+    for one of their files to 1e-5 (LOG.md)."""
+    V, kind = 19, "fmlm" if two_times else "flm"
+    average = released("a.ckpt", V, two_times)
+    convert.main(shlex.split(f"a.ckpt --seq-len 7 --run-dir run --logit-cap {cap or 'none'}"))
+    model = flm.load(f"run/{kind}.pt")
+    assert model.kind == kind and model.config.depth == 2 and model.config.heads == 1 and model.config.cond_width == 8
+    x, tau_s, tau_t = torch.randn(5, 7, V), torch.rand(5), torch.rand(5)
+    times = (tau_s, tau_t if two_times else None)
+    model.config.bf16 = False
+    expected = textbook_logits(average, x, *times, cap)
+    assert (model(x @ model.embedding, *times) - expected).abs().max() < 1e-4 < expected.abs().max()
+
+
+def test_released_checkpoints_write_token_ids_where_their_text_is_unknown(folder, capsys):
+    released("flow.ckpt", 19, False)
+    released("map.ckpt", 19, True)
+    for name in ("flow", "map"):
+        convert.main(shlex.split(f"{name}.ckpt --seq-len 7 --run-dir run"))
+    for program in (flm, distill):
+        capsys.readouterr()
+        program.main(shlex.split("--sample --run-dir run --num-samples 3 --sample-steps 2"))
+        rows = [[int(word) for word in line.split()] for line in capsys.readouterr().out.splitlines()]
+        assert len(rows) == 3 and all(len(row) == 7 and max(row) < 19 for row in rows)
+    assert_refused(distill, {"--run-dir run --overwrite": "run: was converted without a text; convert it again"})
+
+
+class Strange:
+    """As Lightning, OmegaConf and the like leave them: an object with a state, or a call of a function."""
+
+    def __init__(self, call: bool):
+        self.call = call
+
+    def __reduce_ex__(self, protocol):
+        return (execute, ("now",)) if self.call else super().__reduce_ex__(protocol)
+
+
+class StrangeDict(dict):
+    pass
+
+
+def execute(when: str) -> None:
+    Path("executed").touch()
+
+
+def test_strange_objects_in_a_released_checkpoint_are_never_made(folder):
+    """They stand in the files by name: each becomes an object that does nothing, a dict or a list a plain one."""
+    strange = dict(object=Strange(False), call=Strange(True), dict=StrangeDict(a=1), default=defaultdict(list, b=[2]),
+                   path=Path("x"), number=np.float64(3), kind=Strange)
+    average = released("a.ckpt", 19, False, {"hyper_parameters": strange})
+    assert not Path("executed").exists()
+    content = convert.read(Path("a.ckpt"))["hyper_parameters"]
+    assert not Path("executed").exists() and content["dict"] == {"a": 1} and content["default"] == {"b": [2]}
+    assert all(type(content[name]) is convert.Nothing for name in ("object", "call", "path", "number"))
+    convert.main(shlex.split("a.ckpt --seq-len 7 --run-dir run"))
+    assert torch.equal(flm.load("run/flm.pt").embedding, average["vocab_embed.embedding"])
+
+
+BAD_RELEASES = {
+    "nothing.ckpt --seq-len 7": "nothing.ckpt: no such file",
+    "good.ckpt": "give --dataset lm1b, --dataset owt, or --seq-len",
+    "good.ckpt --seq-len 7 --dataset owt": "give --dataset lm1b, --dataset owt, or --seq-len",
+    "good.ckpt --seq-len 7 --logit-cap 50": "argument --logit-cap: invalid choice",
+    "cut.ckpt --seq-len 7": "cut.ckpt: not a whole checkpoint",
+    "flipped.ckpt --seq-len 7": "flipped.ckpt: not a whole checkpoint",
+    "text.ckpt --seq-len 7": "text.ckpt: not a whole checkpoint",
+    "code.ckpt --seq-len 7": "code.ckpt: not a whole checkpoint (Trying to call reduce for unrecognized function",
+    "list.ckpt --seq-len 7": "list.ckpt: not a checkpoint of the paper's authors",
+    "short.ckpt --seq-len 7": "short.ckpt: not a checkpoint of the paper's authors (ValueError: zip() argument 2 is shorter",
+    "missing.ckpt --seq-len 7": "missing.ckpt: not the network of the paper's authors (Missing key(s) in state_dict: "
+                                "\"blocks.1.out.weight\"",
+    "narrow.ckpt --seq-len 7": "narrow.ckpt: not the network of the paper's authors (size mismatch for blocks.0.mlp.0.w",
+    "wide.ckpt --seq-len 7": "wide.ckpt: its width 96 is no multiple of 64",
+    "good.ckpt --seq-len 7 --run-dir taken": "taken: holds a flm.pt; give --overwrite, or another --run-dir",
+    "good.ckpt --seq-len 7 --run-dir words": "words: holds a run with another vocabulary",
+    "good.ckpt --seq-len 7 --run-dir text.ckpt": "text.ckpt: cannot be written",
+}
+
+
+def test_what_is_no_released_checkpoint_is_one_line(folder):
+    released("good.ckpt", 19, False)
+    good, whole = Path("good.ckpt").read_bytes(), torch.load("good.ckpt")
+    Path("cut.ckpt").write_bytes(good[: len(good) // 2])
+    Path("flipped.ckpt").write_bytes(good[:9999] + bytes([good[9999] ^ 1]) + good[10000:])
+    Path("text.ckpt").write_text("text")
+    torch.save(Danger(), "code.ckpt")
+    torch.save([1], "list.ckpt")
+    torch.save(whole | {"ema": {"shadow_params": whole["ema"]["shadow_params"][:-1]}}, "short.ckpt")
+    state = whole["state_dict"]
+    torch.save({"state_dict": {k: v for k, v in state.items() if not k.endswith("1.attn_out.weight")}}, "missing.ckpt")
+    torch.save({"state_dict": {k: v[:-1] if k.endswith("0.mlp.0.weight") else v for k, v in state.items()}}, "narrow.ckpt")
+    released("wide.ckpt", 19, False, D=96)
+    convert.main(shlex.split("good.ckpt --seq-len 7 --run-dir taken"))
+    Path("words").mkdir()
+    data.Tokenizer({"kind": "chars", "chars": "ab"}).save(Path("words/tokenizer.json"))
+    before = sorted(Path().rglob("*"))
+    assert_refused(convert, {f"{line} --run-dir new" * ("--run-dir" not in line) or line: expected
+                             for line, expected in BAD_RELEASES.items()})
+    assert sorted(Path().rglob("*")) == before
+
+
 # -------------------------------------------------------------------------------------------------------------- data
 
 
@@ -923,6 +1095,27 @@ def test_every_tokenizer_returns_the_text_it_was_given(folder, monkeypatch):
             assert decoded == texts
             assert again.decode([*ids[0], again.end, *ids[1]]) == texts[0] + "\n" + texts[1]
     assert data.make_tokenizer("bpe", sources.find("a.txt"), 300).vocab_size == 300
+
+
+@pytest.mark.parametrize("tokenised, text", (
+    ("He said : It 's not over , and it isn 't .", "He said: It's not over, and it isn't."),
+    ("\" It 's a start , \" he said .", "\"It's a start,\" he said."),
+    ("Is it ? No ! Yes ; perhaps .", "Is it? No! Yes; perhaps."),
+    ("The bank ( in London ) and [ sic ] others", "The bank (in London) and [sic] others"),
+    ("It cost $ 5.3 million or £ 3 million .", "It cost $5.3 million or £3 million."),
+    ("See http : / / www.example.com / news or https : / / a.org .", "See http://www.example.com/news or https://a.org."),
+    ("They 're here , we 've won , I 'm glad , she 'll go , he 'd know",
+     "They're here, we've won, I'm glad, she'll go, he'd know"),
+    ("the workers ' rights", "the workers ' rights"),  # where it ends nobody knows
+    ("( \" One \" )", "(\"One\")"),
+    ("He called it ' a success ' today .", "He called it 'a success' today."),
+    ("\" One \" and \" two \" .", "\"One\" and \"two\"."),
+    ("a first \" quote\nand \" another , one ' line\nand '", "a first \" quote\nand \" another, one ' line\nand '"),
+    ("An end .\nA beginning , 3.5 % , U.S. , 10 : 30", "An end.\nA beginning, 3.5 %, U.S., 10: 30"),
+    ("", ""),
+))
+def test_detokenising_undoes_what_tokenising_did_to_punctuation(tokenised, text):
+    assert sources.detokenise(tokenised) == text == sources.detokenise(text)  # and leaves text alone
 
 
 def test_a_text_too_short_to_hold_anything_out_says_so(folder):

@@ -5,8 +5,10 @@ import hashlib
 import http.server
 import importlib.util
 import io
+import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,12 +22,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+import torch
 
 HERE = Path(__file__).parent.parent
 sys.path.insert(0, str(HERE))
+import convert  # noqa: E402
 import data  # noqa: E402
+import distill  # noqa: E402
+import evaluate  # noqa: E402
+import flm  # noqa: E402
 import sources  # noqa: E402
 from sources import UserError  # noqa: E402
+from test_flm import released  # noqa: E402
 
 TARBALL = sources.LM1B["url"].split("/")[-1]
 ROOT = TARBALL.removesuffix(".tar.gz")
@@ -386,14 +394,20 @@ def gpt2(tmp_path, monkeypatch):
         (tmp_path / hashlib.sha1(url.encode()).hexdigest()).write_bytes(content)
 
 
-def test_rows_of_the_papers_tokenizers_begin_and_end_as_the_papers(miniature, folder, monkeypatch, gpt2):
-    """[CLS] + L - 2 tokens + [SEP], the documents between joined by [SEP]; for gpt2 both are <|endoftext|>. The ids of a
-    sentence are those that GPT-2 is known for."""
+@pytest.fixture
+def bert(folder, monkeypatch):
+    """A small vocabulary in BERT's form, in place of the one that is downloaded."""
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz0123456789.,:;?()\"'$/-",
                   *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz0123456789"), "the", "said", "minister"]
     Path("vocab.txt").write_text("\n".join(vocabulary))
-    bert = tokenizers.BertWordPieceTokenizer("vocab.txt", lowercase=True)._tokenizer
-    monkeypatch.setattr(tokenizers.Tokenizer, "from_pretrained", lambda name: bert)
+    codec = tokenizers.BertWordPieceTokenizer("vocab.txt", lowercase=True)._tokenizer
+    monkeypatch.setattr(tokenizers.Tokenizer, "from_pretrained", lambda name: codec)
+    return codec
+
+
+def test_rows_of_the_papers_tokenizers_begin_and_end_as_the_papers(miniature, folder, bert, gpt2):
+    """[CLS] + L - 2 tokens + [SEP], the documents between joined by [SEP]; for gpt2 both are <|endoftext|>. The ids of a
+    sentence are those that GPT-2 is known for."""
     for kind, begin, end in ("bert-base-uncased", 2, 3), ("gpt2", 50256, 50256):
         corpus = prepare(tokenizer=kind, data_dir=str(miniature), cache=kind)
         rows = corpus.batch("train", 0, range(corpus.blocks("train")))
@@ -406,3 +420,31 @@ def test_rows_of_the_papers_tokenizers_begin_and_end_as_the_papers(miniature, fo
     assert corpus.tokenizer.vocab_size == 50258 and corpus.tokenizer.encode(["Hello, world!"]) == [[15496, 11, 995, 0]]
     assert corpus.tokenizer.decode([50256, 15496, 995, 50257, 50256]) == "Hello world"
     assert corpus_lines(corpus, "heldout") == lines(miniature, "heldout")
+
+
+# ---------------------------------------------------------------------------------------------- released checkpoints
+
+
+def test_released_checkpoints_are_sampled_distilled_and_evaluated(miniature, folder, bert, capsys):
+    """A flow and a map of lm1b, in one run; it is used as one's own is, and a new map keeps the flow's states."""
+    V = bert.get_vocab_size()
+    released("lm1b_flm.ckpt", V, False)
+    released("lm1b_fmlm.ckpt", V, True)
+    for name in ("flm", "fmlm"):
+        convert.main(shlex.split(f"lm1b_{name}.ckpt --dataset lm1b --data-dir {miniature} --run-dir run"))
+    for program in (flm, distill):
+        capsys.readouterr()
+        program.main(shlex.split("--sample --run-dir run --num-samples 2 --sample-steps 2"))
+        assert len(capsys.readouterr().out.splitlines()) == 2
+    evaluate.main(shlex.split("--run-dir run --num-samples 4 --steps 1 2"))
+    report = json.loads(Path("run/quality.json").read_text())
+    assert [(s["model"], s["steps"]) for s in report["samples"]] == [
+        (kind, steps) for kind in ("flm", "flm+noise", "fmlm") for steps in (2, 1)]
+    shutil.copytree("run", "again")
+    distill.main(shlex.split("--run-dir again --overwrite --max-steps 1 --batch-size 4 --eval-rows 4 --log-every 1"))
+    student, teacher = (flm.load(f"again/{kind}.pt") for kind in ("fmlm", "flm"))
+    assert student.step == 1 and torch.equal(student.embedding, teacher.embedding) and teacher.source == ""
+    capsys.readouterr()
+    with pytest.raises(UserError, match="tokens, the tokenizer of owt |TIKTOKEN_CACHE_DIR"):
+        convert.main(shlex.split("lm1b_flm.ckpt --dataset owt --run-dir other"))
+    assert not Path("other").exists()
