@@ -1286,7 +1286,7 @@ def test_unigram_entropy_is_that_of_each_text():
 
 def test_every_command_in_the_readme_parses():
     parsers = {"flm.py": flm.command_line, "distill.py": distill.command_line, "baselines.py": baselines.command_line,
-               "evaluate.py": evaluate.parse, "bench.py": bench.parse}
+               "evaluate.py": evaluate.parse, "bench.py": bench.parse, "convert.py": convert.parse}
     commands = re.findall(r"^(?:torchrun .*? |python )(\S+\.py)([^\n#]*)", (HERE / "README.md").read_text(), re.M)
     assert len(commands) >= 8
     for program, line in commands:
