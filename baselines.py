@@ -135,7 +135,7 @@ def main(argv: list[str]) -> None:
     say(f"{config.run_dir}: {kind}, {config.max_steps} steps of {config.batch_size} x {config.seq_len} tokens; "
         f"{'bfloat16' if config.bf16 else 'float32'} on {flow.device}, {world()} x {torch.get_num_threads()} threads")
     flm.train(model, loss, corpus, training, kind, sample)
-    if rank() == 0 and not 0 < config.stop_after < config.max_steps:
+    if not 0 < config.stop_after < config.max_steps:
         for steps in (1, 4, 16, 64) if kind == "mdlm" else (config.seq_len,):
             flm.show(f"{steps} step{'s' * (steps > 1)}", model, sample(model, 8, steps, config.seed))
 

@@ -10,6 +10,7 @@ plain value becomes an empty object.
 """
 
 import argparse
+import os
 import re
 import sys
 from dataclasses import fields
@@ -21,7 +22,7 @@ from torch import Tensor
 import data
 import distill
 import flm
-from run import Parser, config_file, first_line, guard, lasting, program, verify, write_checkpoint, write_settings
+from run import Parser, clear, config_file, first_line, guard, lasting, program, verify, write_checkpoint, write_settings
 from sources import UserError
 
 HEAD = 64  # width of an attention head of theirs
@@ -61,22 +62,29 @@ def stand_in(name: str) -> type[Nothing]:
 
 def read(path: Path) -> dict:
     """The tensors and plain values of a .ckpt or .safetensors file. Raises UserError for what is neither, or damaged."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path}: no such file; the README tells where the released checkpoints are found")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return {"state_dict": load_file(path)}
+            return {"state_dict": load_safetensors(path)}
         verify(path)
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with torch.serialization.safe_globals([(stand_in(name), name) for name in unknown]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UserError:
+        raise
+    except Exception as error:  # zipfile, torch and pickle each raise their own
+        reason = first_line(ValueError(re.sub(r"^Weights only(.|\n)*WeightsUnpickler error:\s*", "", str(error))))
+        raise UserError(f"{path}: not a whole checkpoint, or it holds objects that cannot be passed over ({reason}); "
+                        "download it again, or save its state_dict as .safetensors") from None
+
+
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load_file
     except ImportError:
         raise UserError(f"{path}: is read by safetensors; pip install safetensors") from None
-    except Exception as error:  # zipfile, torch and pickle each raise their own
-        reason = re.sub(r"^Weights only(.|\n)*WeightsUnpickler error:\s*", "", str(error))
-        raise UserError(f"{path}: not a whole checkpoint ({first_line(ValueError(reason))}); download it again") from None
+    return load_file(path)
 
 
 def weights(content: dict, path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -106,15 +114,15 @@ def settings_of(trained: dict[str, Tensor], args: argparse.Namespace, path: Path
     """The settings of the network with these weights. Raises UserError for shapes that none has."""
     try:
         V, D = trained["embedding"].shape
-        cond_width = len(trained["time_s.mlp.2.weight"])
-        depth = 1 + max((int(name.split(".")[1]) for name in trained if name.startswith("blocks.")), default=-1)
+        cond_width = trained["time_s.mlp.2.weight"].shape[0]
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(f"{path}: not a checkpoint of the paper's authors ({first_line(error)} is missing)") from None
-    if D % HEAD:
-        raise UserError(f"{path}: its width {D} is no multiple of {HEAD}, the width of a head")
+    if V < 2 or D < HEAD or D % HEAD:
+        raise UserError(f"{path}: V = {V}, D = {D}: D must be a multiple of {HEAD}, the width of a head, and V 2 or more")
+    blocks = {name.split(".")[1] for name in trained if name.startswith("blocks.")}
     preset = flm.PRESETS[args.dataset] if args.dataset else dict(seq_len=args.seq_len)
     return preset | dict(
-        dataset=args.dataset, data_dir=args.data_dir, depth=depth, width=D, heads=D // HEAD, cond_width=cond_width,
+        dataset=args.dataset, data_dir=args.data_dir, depth=len(blocks), width=D, heads=D // HEAD, cond_width=cond_width,
         logit_cap=args.logit_cap, attention_cap=50.0, bf16=True, run_dir=args.run_dir)
 
 
@@ -123,7 +131,9 @@ def convert(path: Path, args: argparse.Namespace) -> str:
     flm. Raises UserError, and writes nothing, where the file or the folder does not fit."""
     content, folder = read(path), Path(args.run_dir)
     trained, average = weights(content, path)
-    settings = settings_of(trained, args, path) | dict(max_steps=max(1, int(content.get("global_step", 1))))
+    settings = settings_of(trained, args, path)
+    steps = content.get("global_step")
+    settings["max_steps"] = steps if isinstance(steps, int) and steps > 0 else 1
     kind = "fmlm" if "time_t.mlp.0.weight" in trained else "flm"
     config = (distill.Config if kind == "fmlm" else flm.Config)(**settings)
     network = flm.Config(**{f.name: getattr(config, f.name) for f in fields(flm.Config)})
@@ -133,29 +143,30 @@ def convert(path: Path, args: argparse.Namespace) -> str:
     if tokenizer.vocab_size != V:
         raise UserError(f"{path}: has {V} tokens, the tokenizer of {args.dataset} {tokenizer.vocab_size}; give the other "
                         "--dataset, or --seq-len alone")
-    if (folder / f"{kind}.pt").exists() and not args.overwrite:
-        raise UserError(f"{folder}: holds a {kind}.pt; give --overwrite, or another --run-dir")
     there = folder / "tokenizer.json"
-    if there.exists() and data.Tokenizer.load(there).checksum != tokenizer.checksum:
+    if os.path.exists(folder / f"{kind}.pt") and not args.overwrite:
+        raise UserError(f"{folder}: holds a {kind}.pt; give --overwrite, or another --run-dir")
+    if os.path.exists(there) and data.Tokenizer.load(there).checksum != tokenizer.checksum:
         raise UserError(f"{folder}: holds a run with another vocabulary; give another --run-dir")
-    model = flm.build(network, tokenizer, torch.full((V,), 1 / V).log(), kind)
-    second = {name: value for name, value in model.state_dict().items() if name.startswith("time_t.")}  # a flow has none
     try:
+        model = flm.build(network, tokenizer, torch.full((V,), 1 / V).log(), kind)
+        second = {name: value for name, value in model.state_dict().items() if name.startswith("time_t.")}  # no flow's
         model.load_state_dict(second | average)
         ema = [p.detach().clone() for p in model.parameters()]
         model.load_state_dict(second | trained)
     except RuntimeError as error:
         reason = " ".join(line.strip() for line in str(error).splitlines()[1:])[:200]  # the first names our class
-        raise UserError(f"{path}: not the network of the paper's authors ({reason})") from None
+        raise UserError(f"{path}: not the network of the paper's authors ({reason or first_line(error)})") from None
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        clear(folder, *(("flm", "fmlm", "correction") if kind == "flm" else ("fmlm", "correction")))  # as flm.py does
         tokenizer.save(there)
+        write_checkpoint(folder / f"{kind}.pt", dict(
+            kind=kind, config=lasting(network) | {"data_dir": ""}, source="", tokenizer=tokenizer.checksum,
+            log_p=model.log_p, step=config.max_steps, model=model.state_dict(), ema=ema, optimizers=[]))
         write_settings(config, kind)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); give another --run-dir") from None
-    write_checkpoint(folder / f"{kind}.pt", dict(
-        kind=kind, config=lasting(network) | {"data_dir": ""}, source="", tokenizer=tokenizer.checksum, log_p=model.log_p,
-        step=config.max_steps, model=model.state_dict(), ema=ema, optimizers=[]))
     return kind
 
 

@@ -3,9 +3,10 @@
     corpus = data.prepare("words", tokenizer="chars", seq_len=16, packing=False, seed=0, batch_size=256)
     corpus.batch("train", step=0, rows=range(0, 256))        # (256, 16) token ids
 
-A corpus is a UTF-8 text with one document a line (.txt, .txt.gz, .txt.xz). One line in twenty is held out, chosen by a
-hash of the line, so that it stays held out whatever else changes. Tokens are written once to data/NAME-HASH/ and mapped
-from there; the hash covers the source's bytes and every setting, so a change of either makes new files.
+A corpus is a UTF-8 text with one document a line (.txt, .txt.gz, .txt.xz), lm1b or owt (sources.py). Of a text one line in
+twenty is held out, chosen by a hash of the line, so that it stays held out whatever else changes. Tokens are written once to
+data/NAME-HASH/ and mapped from there; the hash covers the source's checksum and every setting, so a change of either makes
+new files. A script of your own that prepares a large corpus does so under `if __name__ == "__main__":`.
 """
 
 import functools
@@ -17,10 +18,12 @@ import shutil
 import signal
 import sys
 import threading
+import zipfile
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -33,13 +36,14 @@ import torch.nn.functional as F
 import sources
 from sources import Batch, Source, UserError
 
-TOKENIZERS = ("chars", "bpe", "gpt2", "bert-base-uncased")
+FRAMED = ("gpt2", "bert-base-uncased")  # the paper's: packed rows begin and end with a token of their own
+TOKENIZERS = ("chars", "bpe", *FRAMED)
 HELD_OUT = 20  # one line in this many, where a source has no split of its own
 SAVE_EVERY = 64  # batches, of a MiB or so, that an interruption costs at most
 LARGE = 2**24  # bytes of text from which on it is tokenised by one process a core
-MOST_WORKERS = 8  # each holds about 300 MiB
-VOCABULARY = 2**27  # characters of training text that a bpe vocabulary is made from, at most
-FORMAT = 2  # of the token files; part of their hash
+MOST_WORKERS = 8  # processes, of some 200 MiB each
+VOCABULARY = 2**23  # characters of training text that a bpe vocabulary is made from, at most: they may need 2 GB
+FORMAT = 3  # of the token files; part of their hash
 
 
 def documents(source: Source) -> Iterator[Batch]:
@@ -160,7 +164,7 @@ class Tokenizer:
 
 def make_tokenizer(kind: str, source: Source, vocab_size: int) -> Tokenizer:
     """Builds the tokenizer `kind` for a corpus: `chars` from all its text, `bpe` from its training text, of which the first
-    128 million characters are read.
+    8 million characters are read.
 
     vocab_size counts the end token and is used by `bpe` alone. Raises UserError where the text cannot fill it.
     """
@@ -258,21 +262,19 @@ def token_type(vocab_size: int) -> type:
 
 
 class Writer:
-    """Appends tokens to folder/{train,heldout}.bin and remembers, in folder/progress.npz, how far it had come: after a kill
+    """Appends tokens to folder/{train,heldout}.bin and remembers, in folder/counts.npz, how far it has come: after a kill
     the next one goes on from there, and the files come out the same."""
 
     def __init__(self, folder: Path, vocab_size: int):
         self.folder, self.dtype = folder, token_type(vocab_size)
         self.batches, self.counts = 0, np.zeros(vocab_size, np.int64)  # batches read, and how often each token was written
         self.tokens, self.documents = dict(train=0, heldout=0), dict(train=0, heldout=0)
-        try:
-            with np.load(folder / "progress.npz") as saved:
-                self.batches, self.counts = int(saved["batches"]), saved["counts"]
-                for split in self.tokens:
-                    self.tokens[split], self.documents[split] = map(int, saved[split])
-        except FileNotFoundError:
-            pass
         self.files = {split: open(folder / f"{split}.bin", "ab") for split in self.tokens}
+        if (saved := read_counts(folder)) and all(
+                file.tell() >= saved[split][0] * self.dtype().itemsize for split, file in self.files.items()):
+            self.batches, self.counts = int(saved["batches"]), saved["counts"]
+            for split in self.files:
+                self.tokens[split], self.documents[split] = map(int, saved[split])
         for split, file in self.files.items():
             file.truncate(self.tokens[split] * self.dtype().itemsize)
 
@@ -292,14 +294,25 @@ class Writer:
         for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
-        with open(self.folder / "progress.part", "wb") as file:
+        with open(self.folder / "counts.part", "wb") as file:
             np.savez(file, batches=self.batches, counts=self.counts,
                      **{split: (self.tokens[split], self.documents[split]) for split in self.tokens})
-        os.replace(self.folder / "progress.part", self.folder / "progress.npz")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(self.folder / "counts.part", self.folder / "counts.npz")
 
     def close(self) -> None:
         for file in self.files.values():
             file.close()
+
+
+def read_counts(folder: Path) -> dict | None:
+    """What a Writer saved last in a folder; None where that is nothing, or damaged."""
+    try:
+        with np.load(folder / "counts.npz") as saved:
+            return dict(saved)
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        return None
 
 
 def tokenise(batch: Batch, tokenizer: Tokenizer, detokenise: bool, seq_len: int | None) -> list[tuple[str, int, np.ndarray]]:
@@ -318,12 +331,17 @@ def tokenise(batch: Batch, tokenizer: Tokenizer, detokenise: bool, seq_len: int 
     return parts
 
 
-def start_worker(*settings) -> None:
-    """What a tokenising process needs to know, once: the file of its tokenizer, and the rest of what tokenise asks for."""
+def start_worker(tokenizer: Path, detokenise: bool, seq_len: int | None) -> None:
+    """What a tokenising process needs to know, once."""
     global worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    worker = Tokenizer.load(settings[0]), *settings[1:]
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()  # killed
+    worker = Tokenizer.load(tokenizer), detokenise, seq_len
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def tokenise_in_worker(batch: Batch) -> list[tuple[str, int, np.ndarray]]:
@@ -359,13 +377,14 @@ def tokenised(source: Source, first: int, path: Path, seq_len: int | None, worke
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, settings)
     try:
         waiting = deque()  # no more than keeps all busy, so that the source is read as fast as it is tokenised
-        for batch in chain(batches, [None] * (4 * workers)):
-            if batch:
-                with no_interrupts():
-                    waiting.append((batch.position, pool.submit(tokenise_in_worker, batch)))
-            if waiting and (len(waiting) > 4 * workers or not batch):
+        for batch in batches:
+            with no_interrupts():
+                waiting.append((batch.position, pool.submit(tokenise_in_worker, batch)))
+            if len(waiting) > 4 * workers:
                 position, parts = waiting.popleft()
                 yield position, parts.result()
+        for position, parts in waiting:
+            yield position, parts.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -398,23 +417,28 @@ def prepare(dataset: str, tokenizer: str, seq_len: int, packing: bool, seed: int
     packing=True joins documents by the end token and cuts blocks of seq_len; otherwise each is one row, padded with it.
     A split without a single block borrows the other's. Raises UserError for a text that cannot be used.
     """
+    if packing and tokenizer in FRAMED and seq_len < 3:
+        raise UserError(f"--seq-len {seq_len}: with --tokenizer {tokenizer} a row begins and ends with a token of its own; "
+                        "give 3 or more")
     source = sources.find(dataset, data_dir, data_url, cache)
     settings = {"format": FORMAT, "source": source.checksum(), "tokenizer": tokenizer, "packing": packing,
                 "vocab_size": vocab_size if tokenizer == "bpe" else None, "seq_len": None if packing else seq_len,
-                "heldout": source.held_out}
+                "heldout": source.rule}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     folder = Path(cache) / f"{source.name}-{key}"
-    if not (folder / "meta.json").is_file():
+    if not folder.exists():
         write_corpus(folder, source, settings, vocab_size, data_dir or dataset)
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        tokens = Tokenizer.load(folder / "tokenizer.json")
+        tokens = Tokenizer(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
         dtype = token_type(tokens.vocab_size)
         splits = {split: np.memmap(folder / f"{split}.bin", dtype, mode="r", shape=(n,)) if n else np.empty(0, dtype)
                   for split, n in meta["tokens"].items()}
-        counts = np.load(folder / "counts.npy")
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: damaged token files ({error}); remove the folder") from None
+        counts = read_counts(folder)["counts"]
+    except UserError:
+        raise
+    except Exception as error:  # `tokenizers` raises bare Exception
+        raise UserError(f"{folder}: damaged token files ({type(error).__name__}: {error}); remove the folder") from None
     corpus = Corpus(tokens, splits, meta, torch.empty(0), seq_len, packing, seed, batch_size, False)
     borrowed = [split for split in splits if not corpus.blocks(split)]
     if len(borrowed) == 2:
@@ -422,8 +446,9 @@ def prepare(dataset: str, tokenizer: str, seq_len: int, packing: bool, seed: int
                         "give a smaller one or --no-packing")
     if borrowed:
         corpus.splits = dict.fromkeys(splits, next(tokens for split, tokens in splits.items() if split not in borrowed))
-        counts = np.bincount(corpus.splits["train"], minlength=tokens.vocab_size)
         corpus.borrowed = True
+        if "train" in borrowed:  # then it is a short text
+            counts = np.bincount(corpus.splits["train"], minlength=tokens.vocab_size)
     corpus.log_p = torch.from_numpy((counts + 1) / (counts + 1).sum()).log().float()
     return corpus
 
@@ -433,25 +458,32 @@ def write_corpus(folder: Path, source: Source, settings: dict, vocab_size: int, 
     another process is at it waits."""
     from filelock import FileLock
 
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # a tokenising process, in its parent's script
+        raise UserError('a script that prepares a large corpus must do so under if __name__ == "__main__":')
     part, lock = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "lock"))
     try:
-        part.mkdir(parents=True, exist_ok=True)
+        part.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock):
-            if not (folder / "meta.json").is_file():
-                try:
-                    if not (part / "progress.npz").is_file():
-                        if not any(batch.texts for batch in source.batches()):
-                            raise UserError(f"{place}: no text in it; give a file with one document a line")
-                        make_tokenizer(settings["tokenizer"], source, vocab_size).save(part / "tokenizer.json")
-                    done = write_tokens(part, source, settings["seq_len"])
-                    np.save(part / "counts.npy", done.counts)
-                    meta = settings | {"vocab_size": len(done.counts), "tokens": done.tokens, "documents": done.documents}
-                    (part / "meta.json").write_text(json.dumps(meta, indent=1))
-                    part.rename(folder)
-                    (folder / "progress.npz").unlink()
-                finally:
-                    if not (part / "progress.npz").is_file():  # there is nothing to go on with
-                        shutil.rmtree(part, ignore_errors=True)
+            if not folder.exists():
+                part.mkdir(exist_ok=True)
+                fill(part, source, settings, vocab_size, place)
+                part.rename(folder)
         lock.unlink(missing_ok=True)  # whoever waits for it finds the files
+    except BrokenProcessPool:
+        raise UserError(f"{part}: a tokenising process was ended (out of memory?); the same command goes on") from None
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); the same command goes on") from None
+        raise UserError(f"{part}: cannot be written ({error.strerror or error}); the same command goes on") from None
+    except UserError:  # the same text will not do next time either
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def fill(folder: Path, source: Source, settings: dict, vocab_size: int, place: str) -> None:
+    """Tokenizer, token files and manifest of a source. Raises UserError for a text that cannot be used."""
+    if not (folder / "counts.npz").is_file():
+        if not any(batch.texts for batch in source.batches()):
+            raise UserError(f"{place}: no text in it; give a file with one document a line")
+        make_tokenizer(settings["tokenizer"], source, vocab_size).save(folder / "tokenizer.json")
+    done = write_tokens(folder, source, settings["seq_len"])
+    meta = settings | {"vocab_size": len(done.counts), "tokens": done.tokens, "documents": done.documents}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))

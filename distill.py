@@ -350,7 +350,7 @@ def main(argv: list[str]) -> None:
         loss = map_loss(config.objective, teacher)
     model = student(Transformer, training, flow, "fmlm", new=teacher is None).to(device)
     flm.train(model, loss, corpus, training, "fmlm", lambda model, n, steps, seed: sample(model, n, 1, seed))
-    if rank() == 0 and not 0 < training.stop_after < training.max_steps:
+    if not 0 < training.stop_after < training.max_steps:
         if teacher:
             flm.show("64 steps of the flow", model, flm.sample(teacher, 8, 64, config.seed))
         for steps in (1, 2, 4):

@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 import sources
+from parallel import distribute, gradients, like, load_optimizer, reshard, to_save, unshard, whole
 from run import (Log, clear, first_does, first_line, guard, lasting, open_folder, parse, program, rank,
                  read_checkpoint, say, setting, setup, total, validate, world, write_checkpoint, write_settings)
 from sources import UserError
@@ -502,6 +503,7 @@ class Config(Network):
     ema: float = setting(0.9999, "decay of the average weights, which are what is evaluated", 0, 1)
     bf16: bool | None = setting(None, "bfloat16 in the linear layers; left out: where it is faster")
     compile: bool = setting(True, "torch.compile on CUDA")
+    shard: bool = setting(False, "split parameters, gradients, averages and optimizer over the processes (FSDP)")
     loss_chunk: int = setting(0, "positions whose logits are held at once; 0: all, on CUDA as many as make 1 GiB", 0)
     seed: int = setting(0, "of weights, data order, times and noise; of the noise with --sample", 0, 2**62)
 
@@ -568,9 +570,9 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(p)
                 state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(state["momentum"], group["momentum"]).view(group["stacked"], -1, p.shape[1])
+                update = whole(p.grad.lerp(state["momentum"], group["momentum"])).view(group["stacked"], -1, p.shape[1])
                 scale = 0.2 * math.sqrt(max(update.shape[1:]))
-                p.add_(orthogonalise(update).view_as(p), alpha=-scale * group["lr"])
+                p.add_(like(orthogonalise(update).view(p.shape), p), alpha=-scale * group["lr"])
 
 
 def orthogonalise(G: Tensor) -> Tensor:
@@ -629,18 +631,21 @@ class Objective(nn.Module):
 
 
 @contextlib.contextmanager
-def weights(model: nn.Module, values: list[Tensor]) -> Iterator[None]:
-    """The model with other weights for a while, in evaluation mode."""
-    own = [p.data for p in model.parameters()]
-    for p, value in zip(model.parameters(), values):
-        p.data = value
-    model.eval()
-    try:
-        yield
-    finally:
-        for p, value in zip(model.parameters(), own):
-            p.data = value
-        model.train()
+def weights(objective: Objective, values: list[Tensor]) -> Iterator[None]:
+    """The model of an objective with other weights for a while, in evaluation mode."""
+    params = list(objective.model.parameters())
+    own = [p.detach().clone() for p in params]
+    overwrite(params, values)
+    unshard(objective.eval())
+    yield
+    reshard(objective.train())
+    overwrite(params, own)
+
+
+@torch.no_grad()
+def overwrite(params: list[Tensor], values: list[Tensor]) -> None:
+    for p, value in zip(params, values):
+        p.copy_(value)  # in place: a sharded one is not to be replaced
 
 
 @torch.no_grad()
@@ -649,10 +654,12 @@ def held_out_loss(model: nn.Module, loss: Callable, corpus: data.Corpus, rows: i
     n, batch = min(rows, corpus.blocks("heldout")), rows_at_once(model)
     sums = torch.zeros(10, device=model.device)
     for k in range(10):
-        for start in range(rank() * batch, n, world() * batch):
-            index = range(start, min(start + batch, n))
+        for start in range(0, n, world() * batch):
+            start += rank() * batch
+            index = range(start, min(start + batch, n)) or range(1)  # a process without rows keeps step with the others
             tokens = corpus.batch("heldout", 0, index).to(model.device)
-            sums[k] += loss(model, tokens, Rows(seed, -2 - k, index, n, tau=(k + 0.5) / 10))[0].sum()
+            nll = loss(model, tokens, Rows(seed, -2 - k, index, n, tau=(k + 0.5) / 10))[0].sum()
+            sums[k] += nll * (start < n)
     return (total(sums) / n).tolist()
 
 
@@ -665,31 +672,36 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
     """
     from tqdm import tqdm
 
-    folder, device, params = Path(config.run_dir), model.device, list(model.parameters())
-    optimizers = make_optimizers(model, config)
-    ema, first = [p.detach().clone() for p in params], 0
+    folder, device, saved = Path(config.run_dir), model.device, None
     if config.resume:
-        content = read_checkpoint(folder / f"{kind}.pt")
-        if (content["source"], content["tokenizer"]) != (corpus.meta["source"], corpus.tokenizer.checksum):
+        saved = read_checkpoint(folder / f"{kind}.pt")
+        if not saved["source"]:
+            raise UserError(f"{folder / kind}.pt: was converted, without what its optimizer needs to go on; distil it, or "
+                            "train anew in another --run-dir")
+        if (saved["source"], saved["tokenizer"]) != (corpus.meta["source"], corpus.tokenizer.checksum):
             raise UserError(f"{folder}: --dataset {config.dataset} is not the text that this run was begun with")
-        try:
-            model.load_state_dict(content["model"])
-            ema, first = [average.to(device) for average in content["ema"]], content["step"]
-            for optimizer, state in zip(optimizers, content["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder / kind}.pt: does not fit this run ({first_line(error)})") from None
-        del content
+    if config.compile and device.type == "cuda":
+        for part in model.blocks if config.shard else [model]:
+            part.compile()
+    objective = Objective(model, loss)
+    try:
+        if saved:
+            model.load_state_dict(saved["model"])
+        distributed = distribute(objective, config.shard)
+        params, optimizers = list(model.parameters()), make_optimizers(model, config)
+        ema, first = [p.detach().clone() for p in params], 0
+        if saved:
+            ema, first = [like(average, p) for average, p in zip(saved["ema"], params, strict=True)], saved["step"]
+            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+                load_optimizer(optimizer, state)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / kind}.pt: does not fit this run ({first_line(error)})") from None
+    del saved
     last = max(first, min(config.max_steps, config.stop_after or config.max_steps))
     B, L, local = config.batch_size, config.seq_len, config.batch_size // world()
     chunked = model.linear and config.loss_chunk and kind not in ("fmlm", "correction")  # else targets are V-wide
     most = 2**15 // L if chunked else min(2**15 // L, rows_at_once(model))
     micro = config.micro_batch_size or next(m for m in range(local, 0, -1) if local % m == 0 and (m <= most or m == 1))
-    if config.compile and device.type == "cuda":
-        model.compile()
-    objective = Objective(model, loss)
-    if world() > 1:
-        objective = nn.parallel.DistributedDataParallel(objective, gradient_as_bucket_view=True)
 
     log = Log(folder, kind, first)
     bar = tqdm(total=config.max_steps, initial=first, unit="step", disable=rank() != 0, file=sys.stderr, mininterval=1)
@@ -705,14 +717,13 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
             tokens = corpus.batch("train", step, rows.index)
             if device.type == "cuda":
                 tokens = tokens.pin_memory()
-            more = world() > 1 and start + micro < (rank() + 1) * local
-            with objective.no_sync() if more else contextlib.nullcontext():
-                nll, tau = objective(tokens.to(device, non_blocking=True), rows)
+            with gradients(distributed, more=start + micro < (rank() + 1) * local):
+                nll, tau = distributed(tokens.to(device, non_blocking=True), rows)
                 (nll.mean() * micro / local).backward()
             nll = nll.detach()
             mean += nll.mean() * micro / local
             bins.index_add_(1, (tau * 10).long().clamp(max=9), torch.stack([nll, torch.ones_like(nll)]))
-        norm = nn.utils.clip_grad_norm_(params, config.clip or math.inf)  # of the whole batch: the last backward summed it
+        norm = whole(nn.utils.clip_grad_norm_(params, config.clip or math.inf))  # of the whole batch: backward summed it
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config)
@@ -737,22 +748,23 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
             bar.set_postfix_str(f"loss {mean_loss:.3f}, {speed / 1000:.1f}k tokens/s")
             history, bins = [], torch.zeros_like(bins)
         if evaluate:
-            with weights(model, ema):
+            with weights(objective, ema):
                 by_tau = held_out_loss(model, loss, corpus, config.eval_rows if done < config.max_steps else sys.maxsize)
                 texts = to_lines(model, sample(model, 4, 16, config.seed))
             log.write(step=done, heldout=sum(by_tau) / 10, heldout_by_tau=by_tau, samples=texts)
             say(f"step {done}: held-out loss {sum(by_tau) / 10:.4f} a position, by tenth of tau "
                 + " ".join(f"{x:.3f}" for x in by_tau) + "".join(f"\n    {text}" for text in texts))
+        if evaluate or done == last:
+            state = to_save(dict(model=model.state_dict(), ema=ema, optimizers=[o.state_dict() for o in optimizers]))
         if (evaluate or done == last) and rank() == 0:
-            write_checkpoint(folder / f"{kind}.pt", dict(
+            write_checkpoint(folder / f"{kind}.pt", state | dict(
                 kind=kind, config=lasting(config) | {"dataset": Path(config.dataset).name, "data_dir": ""},
-                source=corpus.meta["source"], tokenizer=model.tokenizer.checksum, log_p=model.log_p, step=done,
-                model=model.state_dict(), ema=ema, optimizers=[optimizer.state_dict() for optimizer in optimizers]))
+                source=corpus.meta["source"], tokenizer=model.tokenizer.checksum, log_p=model.log_p, step=done))
         if not history:
             mark = time.perf_counter()
     bar.close()
-    for p, average in zip(params, ema):
-        p.data = average
+    overwrite(params, ema)
+    unshard(objective)
     model.eval()
     if rank() == 0 and last == config.max_steps:
         log.plot(folder / f"{kind}.loss.png")
@@ -821,9 +833,10 @@ def to_lines(model: Transformer, tokens: Tensor) -> list[str]:
 
 
 def show(name: str, model: Transformer, tokens: Tensor) -> None:
-    """Prints texts (n, L) behind their name, packed ones on lines of their own."""
+    """Prints texts (n, L) behind their name, packed ones on lines of their own, from one process."""
     between = "\n    " if model.config.packing else "  "
-    print(between.join([f"{name}:", *to_lines(model, tokens)]), flush=True)
+    if rank() == 0:
+        print(between.join([f"{name}:", *to_lines(model, tokens)]), flush=True)
 
 
 def write_samples(config: Config, kind: str, sample: Callable) -> None:
@@ -855,7 +868,8 @@ def main(argv: list[str]) -> None:
     settings, given = command_line(argv)
     if settings["sample"]:
         return write_samples(Config(**settings), "flm", partial(sample, churn=settings["churn"]))
-    sources.find(settings["dataset"], settings["data_dir"], settings["data_url"])
+    if not settings["resume"]:  # else those it was begun with count
+        sources.find(settings["dataset"], settings["data_dir"], settings["data_url"])
     config = Config(**open_folder(settings, given, "flm", Config))
     check(config)
     device = setup(config.device, config.threads)
@@ -871,7 +885,7 @@ def main(argv: list[str]) -> None:
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {'bfloat16' if config.bf16 else 'float32'} on "
         f"{device}, {world()} x {torch.get_num_threads()} threads")
     train(model, flow_loss, corpus, config, "flm", sample)
-    if rank() == 0 and not 0 < config.stop_after < config.max_steps:
+    if not 0 < config.stop_after < config.max_steps:
         for steps in (1, 4, 16, 64):
             show(f"{steps} step{'s' * (steps > 1)}", model, sample(model, 8, steps, config.seed))
 

@@ -26,7 +26,7 @@ from sources import UserError
 
 # Flags that may differ from those a run was begun with, and are not kept with it: they decide no weight (but for rounding,
 # which follows device and threads).
-FREE = {"run_dir", "data_url", "device", "threads", "resume", "overwrite", "stop_after", "sample", "sample_steps",
+FREE = {"run_dir", "data_url", "device", "threads", "shard", "resume", "overwrite", "stop_after", "sample", "sample_steps",
         "num_samples", "churn", "renoise", "out"}
 
 
@@ -149,13 +149,14 @@ def guard(main: Callable[[list[str]], None], resumes: bool = False) -> int:
     status 2."""
     try:
         main(sys.argv[1:])
+        if dist.is_initialized():
+            dist.barrier()  # who leaves first takes the connections of the others with it
     except UserError as error:
         if local_rank() == 0:  # a fault may be one machine's own, so each says it once
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        say("interrupted" + "; --resume goes on from the last checkpoint, or the same command starts anew if there is none"
-            * resumes)
+        say("interrupted" + "; --resume goes on from the last checkpoint, the same command if there is none" * resumes)
         return 130
     finally:
         if dist.is_initialized():

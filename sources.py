@@ -1,14 +1,14 @@
 """Where text comes from: a text file, lm1b's tarball, OpenWebText's parquet files; each as documents in a fixed order.
 
-Nothing is unpacked to disk and no more than a few MiB of text are held, however large the corpus.
+Nothing is unpacked to disk, and no more than a batch of about a MiB is held at a time, however large the corpus.
 """
 
-import errno
 import functools
 import gzip
 import hashlib
 import http.client
 import lzma
+import os
 import re
 import sys
 import tarfile
@@ -16,7 +16,8 @@ import time
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ DATASETS = (*EMBEDDED, "lm1b", "owt")
 LM1B = dict(url="http://www.statmt.org/lm-benchmark/1-billion-word-language-modeling-benchmark-r13output.tar.gz",
             size=1_792_209_805, sha256="01ba60381110baf7f189dfd2b8374de371e8c9a340835793f190bdae9e90a34e")
 OWT = "Skylion007/openwebtext"  # its repository on the Hugging Face hub
-BLOCK, LONGEST = 2**20, 2**26  # bytes: of a batch of lines, and the most that one line may have
+BLOCK, LONGEST = 2**20, 2**24  # bytes: of a batch of lines, and the most that one line may have
 RETRIES, WAIT = 8, 1.0  # attempts in a row that bring nothing, seconds before the second one (they double)
 
 
@@ -51,7 +52,7 @@ class Source:
 
     name: str
     checksum: Callable[[], str]  # tells it from all others; reads what it needs to
-    held_out: str  # which documents are: in words
+    rule: str  # which documents are held out, in words
     size: int  # bytes to read, for a progress bar; 0: not known yet
     batches: Callable[[], Iterator[Batch]]  # the same ones at each call; raises UserError for what cannot be read
     detokenise: bool = False
@@ -59,23 +60,26 @@ class Source:
 
 def find(dataset: str, data_dir: str = "", data_url: str = "", cache: str = "data") -> Source:
     """The source behind --dataset and --data-dir; reads and downloads nothing yet. Raises UserError where there is none."""
-    folder = Path(data_dir)
-    if data_dir and dataset not in ("lm1b", "owt"):
+    given = Path(data_dir) if data_dir else None
+    if given and dataset not in ("lm1b", "owt"):
         raise UserError(f"--data-dir {data_dir}: is for lm1b and owt; give the text itself as --dataset")
-    if data_dir and not folder.exists():
-        raise UserError(f"--data-dir {data_dir}: no such file or folder")
-    if data_url and (dataset != "lm1b" or data_dir):
+    if data_url and (dataset != "lm1b" or given):
         raise UserError(f"--data-url {data_url}: is where lm1b is downloaded from; it goes with no other --dataset, nor "
                         "with --data-dir")
-    if dataset == "lm1b":
-        return lm1b(folder if data_dir else None, data_url or LM1B["url"], Path(cache))
-    if dataset == "owt":
-        return owt(folder if data_dir else None)
-    path = EMBEDDED.get(dataset, Path(dataset))
-    if not path.is_file():
-        raise UserError(f"--dataset {dataset}: not a file; give {', '.join(DATASETS)} or a text file")
-    return Source(path.name.split(".")[0], lambda: sha256(path), "one line in twenty, by its hash", path.stat().st_size,
-                  lambda: text_file(path))
+    if data_url and not re.match(r"https?://[^\s/]+/\S+$", data_url):
+        raise UserError(f"--data-url {data_url}: must be an address that begins with http:// or https://")
+    if given and not os.path.exists(given):
+        raise UserError(f"--data-dir {data_dir}: no such file or folder")
+    with readable(given or Path(dataset)):
+        if dataset == "lm1b":
+            return lm1b(given, data_url or LM1B["url"], Path(cache))
+        if dataset == "owt":
+            return owt(given)
+        path = EMBEDDED.get(dataset, Path(dataset))
+        if not os.path.isfile(path):
+            raise UserError(f"--dataset {dataset}: not a file; give {', '.join(DATASETS)} or a text file")
+        return Source(path.name.split(".")[0], lambda: sha256(path), "one line in twenty, by its hash", path.stat().st_size,
+                      lambda: text_file(path))
 
 
 # -------------------------------------------------------------------------------------------------------- text files
@@ -86,7 +90,7 @@ def readable(path: Path) -> Iterator[None]:
     """Turns what goes wrong while `path` is read into a UserError that names it."""
     try:
         yield
-    except (OSError, EOFError, lzma.LZMAError, zlib.error, tarfile.TarError) as error:
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error, tarfile.TarError) as error:  # ValueError: tarfile's
         raise UserError(f"{path}: cannot be read ({error})") from None
 
 
@@ -96,7 +100,7 @@ def sha256(path: Path) -> str:
 
 
 def listing(folder: Path, files: list[Path]) -> str:
-    """A checksum of large files: of their names, sizes, and first and last 64 KiB."""
+    """A checksum of many large files, whose bytes are not all read: of their names, sizes, first and last 64 KiB."""
     total = hashlib.sha256()
     for path in files:
         with readable(path), open(path, "rb") as file:
@@ -129,10 +133,17 @@ def lines(file: BinaryIO, place: str) -> Iterator[tuple[list[int], list[str]]]:
         number += len(texts) - 1
 
 
+@contextmanager
+def unpacked(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """A file as it is, whose position tells how far it was read, and as it reads unpacked."""
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, nullcontext)
+    with open(path, "rb") as raw, opener(raw) as file:
+        yield raw, file
+
+
 def text_file(path: Path) -> Iterator[Batch]:
     """A .txt, .txt.gz or .txt.xz with one document a line."""
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, nullcontext)
-    with readable(path), open(path, "rb") as raw, opener(raw) as file:
+    with readable(path), unpacked(path) as (raw, file):
         for numbers, texts in lines(file, str(path)):
             yield Batch(str(path), numbers, texts, None, raw.tell())
 
@@ -151,23 +162,19 @@ def split_of(name: str) -> str | None:
 
 def lm1b(given: Path | None, url: str, cache: Path) -> Source:
     """The published tarball, downloaded to cache/lm1b, or a tarball or folder of the same layout."""
-    source = Source("lm1b", lambda: LM1B["sha256"], "its own files", LM1B["size"], lambda: iter(()), True)
+    name, rule = LM1B["url"].split("/")[-1], "its own files"
     if given is None:
-        source.batches = lambda: tarball(download(url, cache / "lm1b" / LM1B["url"].split("/")[-1], **{
-            name: LM1B[name] for name in ("size", "sha256")}))
-        return source
-    if given.is_dir() and (inside := given / LM1B["url"].split("/")[-1]).is_file():
-        given = inside
-    if given.is_file():
-        source.checksum, source.size, source.batches = lambda: sha256(given), given.stat().st_size, lambda: tarball(given)
-        return source
+        return Source("lm1b", lambda: LM1B["sha256"], rule, LM1B["size"], lambda: tarball(
+            download(url, cache / "lm1b" / name, LM1B["size"], LM1B["sha256"])), detokenise=True)
+    path = given / name if (given / name).is_file() else given
+    if path.is_file():
+        return Source("lm1b", lambda: sha256(path), rule, path.stat().st_size, lambda: tarball(path), detokenise=True)
     files = sorted(path for path in given.rglob("news.en*") if path.is_file() and split_of(path.as_posix()))
-    if not files:
-        raise UserError(f"--data-dir {given}: holds neither {LM1B['url'].split('/')[-1]} nor training-monolingual.tokenized."
-                        "shuffled/news.en-000NN-of-00100")
-    source.checksum, source.size = lambda: listing(given, files), sum(path.stat().st_size for path in files)
-    source.batches = lambda: shards(files)
-    return source
+    if {split_of(path.as_posix()) for path in files} != SHARDS.keys():
+        raise UserError(f"--data-dir {given}: holds neither {name} nor both of training-monolingual.tokenized.shuffled/"
+                        "news.en-000NN-of-00100 and heldout-monolingual.tokenized.shuffled/news.en.heldout-000NN-of-00050")
+    return Source("lm1b", lambda: listing(given, files), rule, sum(path.stat().st_size for path in files),
+                  lambda: shards(files), detokenise=True)
 
 
 def shards(files: list[Path]) -> Iterator[Batch]:
@@ -181,79 +188,90 @@ def shards(files: list[Path]) -> Iterator[Batch]:
 
 def tarball(path: Path) -> Iterator[Batch]:
     """The lines of the benchmark's files in a .tar.gz, read as a stream, in its order; all else in it is passed over."""
-    found = False
-    with readable(path), open(path, "rb") as raw, gzip.open(raw) as unpacked:
-        with tarfile.open(fileobj=unpacked, mode="r|") as archive:
+    found = set()
+    with readable(path), open(path, "rb") as raw, gzip.open(raw) as file:
+        with tarfile.open(fileobj=file, mode="r|") as archive:
             for member in archive:
                 if member.isreg() and (split := split_of(member.name)):
-                    found = True
+                    found.add(split)
                     for numbers, texts in lines(archive.extractfile(member), f"{path}/{member.name}"):
                         yield Batch(f"{path}/{member.name}", numbers, texts, split, raw.tell())
-        while unpacked.read(BLOCK):  # to the end, where gzip's checksum stands
+        while file.read(BLOCK):  # to the end, where gzip's checksum stands
             pass
-    if not found:
-        raise UserError(f"{path}: holds no training-monolingual.tokenized.shuffled/news.en-000NN-of-00100")
+    if missing := SHARDS.keys() - found:
+        raise UserError(f"{path}: holds no {' and no '.join(sorted(missing))} files of lm1b; give the published tarball")
 
 
-def download(url: str, path: Path, size: int, sha256: str) -> Path:
+def download(url: str, path: Path, size: int, checksum: str) -> Path:
     """Downloads `url` to `path`, unless it is there, and returns `path`. What a broken attempt left in path.part is gone
-    on with.
+    on with; whoever else wants it waits.
 
     Raises UserError where the server has no such file, or another one; nothing but the whole right file is ever `path`.
     """
+    from filelock import FileLock
+
+    part, lock = (path.with_name(f"{path.name}.{end}") for end in ("part", "lock"))
+    with writable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock):
+            if not path.is_file():
+                fetch(url, part, size)
+                if (found := sha256(part)) != checksum:
+                    part.unlink()
+                    raise UserError(f"{url}: gives another file than the published one (sha256 {found[:16]}, not "
+                                    f"{checksum[:16]}); removed; try again, or give another --data-url")
+                part.rename(path)
+        lock.unlink(missing_ok=True)  # whoever waits for it finds the file
+    return path
+
+
+def fetch(url: str, part: Path, size: int) -> None:
+    """Appends to `part` what `url` has behind it, in as many attempts as it takes, until it has `size` bytes."""
     from tqdm import tqdm
 
-    if path.is_file():
-        return path
-    part, most, failures, have = path.with_name(path.name + ".part"), 0, 0, 0
-    with writable(part):
-        part.parent.mkdir(parents=True, exist_ok=True)
-        file = open(part, "ab", buffering=0)
-    with file, tqdm(total=size, desc=path.name, unit="B", unit_scale=True, unit_divisor=1024, file=sys.stderr,
-                    mininterval=1) as bar:
+    furthest, failures = 0, 0
+    with open(part, "ab", buffering=0) as file, tqdm(total=size, desc=part.stem, unit="B", unit_scale=True,
+                                                     unit_divisor=1024, file=sys.stderr, mininterval=1) as bar:
         while (have := file.tell()) < size:
             bar.n, fault = have, "the connection was closed"
             try:
                 request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
                 with urllib.request.urlopen(request, timeout=60) as answer:
                     if have and answer.status != 206:  # it knows no ranges
-                        file.truncate(0)
-                        have = file.seek(0)
-                    length = answer.headers["Content-Length"]
-                    if length and have + int(length) != size:
-                        raise UserError(f"{url}: has {have + int(length)} bytes instead of {size}; give another --data-url, "
-                                        "or a copy by --data-dir")
-                    while block := answer.read(BLOCK):
+                        have = restart(file)
+                    length = int(answer.headers["Content-Length"] or size - have)
+                    if have + length != size:
+                        raise UserError(f"{url}: has {have + length} bytes instead of {size}; give another --data-url, or "
+                                        "a copy by --data-dir")
+                    while file.tell() < size and (block := answer.read(min(BLOCK, size - file.tell()))):
                         bar.update(len(block))
                         with writable(part):
                             while block:
                                 block = block[file.write(block) :]
             except urllib.error.HTTPError as error:
                 if error.code == 416:  # another file's part
-                    file.truncate(0)
-                    file.seek(0)
+                    restart(file)
                 elif error.code < 500 and error.code not in (408, 429):
                     raise UserError(f"{url}: {error}; give another --data-url, or a copy by --data-dir") from None
                 fault = str(error)
+            except (http.client.InvalidURL, ValueError) as error:
+                raise UserError(f"--data-url {url}: {error}") from None
             except (OSError, http.client.HTTPException) as error:
                 fault = str(error)
-            except ValueError as error:
-                raise UserError(f"--data-url {url}: {error}") from None
-            failures = 0 if file.tell() > most else failures + 1
-            most = max(most, file.tell())
+            failures = 0 if file.tell() > furthest else failures + 1
+            furthest = max(furthest, file.tell())
             if failures == RETRIES:
                 raise UserError(f"{url}: {fault}; {file.tell()} of {size} bytes are kept, the same command goes on")
             if failures:
+                bar.set_postfix_str(fault)
                 time.sleep(WAIT * 2 ** (failures - 1))
-    with readable(part), open(part, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if (have, found) != (size, sha256):
-        part.unlink()
-        raise UserError(f"{url}: its {have} bytes are not those of the published file (sha256 {found[:16]}, not "
-                        f"{sha256[:16]}); removed; try again, or give another --data-url")
-    with writable(path):
-        part.rename(path)
-    return path
+        os.fsync(file.fileno())
+
+
+def restart(file: BinaryIO) -> int:
+    """Empties a file; returns 0, its new length."""
+    file.truncate(0)
+    return file.seek(0)
 
 
 @contextmanager
@@ -261,8 +279,7 @@ def writable(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        kept = "; make room: the same command goes on" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise UserError(f"{path}: cannot be written ({error.strerror}){kept}") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); the same command goes on") from None
 
 
 # A pattern that begins with plain characters is searched for ten times as fast: so each looks behind after its first ones.
@@ -292,19 +309,21 @@ def detokenise(text: str) -> str:
 
 
 def owt(given: Path | None) -> Source:
-    """The hub's parquet files, or a folder of parquet or text files, in the order of their names; one file will do."""
-    held_out = "the last 100000 documents, or one in twenty if there are fewer than two million"
+    """The hub's parquet files, as they are today, or one's own parquet or text files in the order of their names."""
+    rule = "the last 100000 documents, or one in twenty if there are fewer than two million"
     if given is None:
-        return Source("owt", lambda: f"hub:{OWT}", held_out, 0, lambda: last_held_out(hub_files()))
-    files = [given] if given.is_file() else sorted(path for path in given.rglob("*") if path.is_file())
+        return Source("owt", lambda: f"hub:{OWT}", rule, 0, lambda: last_held_out(hub_files()))
+    files = [given] if given.is_file() else sorted(
+        path for path in given.rglob("*") if path.is_file() and not path.name.startswith("."))
     files = [path for path in files if path.suffix == ".parquet"] or [
         path for path in files if path.name.endswith((".txt", ".txt.gz", ".txt.xz"))]
     if not files:
         raise UserError(f"--data-dir {given}: holds no .parquet, .txt, .txt.gz or .txt.xz")
-    return Source("owt", lambda: listing(given if given.is_dir() else given.parent, files), held_out,
+    return Source("owt", lambda: listing(given if given.is_dir() else given.parent, files), rule,
                   sum(path.stat().st_size for path in files), lambda: last_held_out(files))
 
 
+@functools.cache
 def hub_files() -> list[Path]:
     """The paths of OpenWebText's parquet files, which the hub's own client downloads, resumes and keeps."""
     import huggingface_hub
@@ -322,50 +341,61 @@ def hub_files() -> list[Path]:
 
 def parquet():
     try:
+        import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise UserError("--dataset owt: parquet files are read by pyarrow; pip install pyarrow, or give text files by "
                         "--data-dir") from None
-    return pyarrow.parquet
+    return pyarrow
+
+
+@contextmanager
+def opened(path: Path) -> Iterator:
+    """A parquet file with a column `text` of strings."""
+    pa = parquet()
+    try:
+        with pa.parquet.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            kind = schema.field("text").type if "text" in schema.names else None
+            if kind not in (pa.string(), pa.large_string()):
+                raise UserError(f"{path}: has no column text of strings, but {', '.join(schema.names)}")
+            yield file
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
 
 
 def parquet_file(path: Path) -> Iterator[Batch]:
-    """The column `text` of a parquet file, 1000 rows at a time."""
-    try:
-        with parquet().ParquetFile(path) as file:
-            if "text" not in file.schema_arrow.names:
-                raise UserError(f"{path}: has no column text, but {', '.join(file.schema_arrow.names)}")
-            row = 0
-            for some in file.iter_batches(1000, columns=["text"]):
-                texts = some.column(0).to_pylist()
-                kept = [(i, text) for i, text in enumerate(texts, start=row) if text and text.strip()]
-                row += len(texts)
-                yield Batch(str(path), [i for i, _ in kept], [text for _, text in kept], None,
-                            row * path.stat().st_size // file.metadata.num_rows)
-    except (OSError, ValueError) as error:  # pyarrow's own are of these kinds
-        raise UserError(f"{path}: cannot be read ({error})") from None
+    """The texts of a parquet file, its rows counted from 1."""
+    with opened(path) as file:
+        row, size = 0, path.stat().st_size
+        for some in file.iter_batches(128, columns=["text"]):
+            texts = some.column(0).to_pylist()
+            kept = [(i, text) for i, text in enumerate(texts, start=row + 1) if text and text.strip()]
+            row += len(texts)
+            yield Batch(str(path), [i for i, _ in kept], [text for _, text in kept], None,
+                        row * size // file.metadata.num_rows)
+
+
+def rows(path: Path) -> int:
+    """How many rows a parquet file has, or lines a text."""
+    if path.suffix == ".parquet":
+        with opened(path) as file:
+            return file.metadata.num_rows
+    with readable(path), unpacked(path) as (_, file):
+        total, last = 0, b"\n"
+        while block := file.read(BLOCK):
+            total, last = total + block.count(b"\n"), block[-1:]
+        return total + (last != b"\n")
 
 
 def last_held_out(files: list[Path]) -> Iterator[Batch]:
     """The documents of these files, the last of them held out."""
-    total = count(tuple(files))
-    left = total - min(100_000, total // 20)  # to train on
-    for batch in files_in_turn(files):
-        for split, part in ("train", slice(0, max(left, 0))), ("heldout", slice(max(left, 0), None)):
-            if batch.texts[part]:
-                yield batch._replace(numbers=batch.numbers[part], texts=batch.texts[part], split=split)
-        left -= len(batch.texts)
-
-
-def files_in_turn(files: Iterable[Path]) -> Iterator[Batch]:
-    before = 0
-    for path in files:
+    totals = [rows(path) for path in files]
+    left, before = sum(totals) - min(100_000, sum(totals) // 20), 0  # rows to train on, bytes read
+    for path, total in zip(files, totals):
         for batch in parquet_file(path) if path.suffix == ".parquet" else text_file(path):
-            yield batch._replace(position=before + batch.position)
-        before += path.stat().st_size
-
-
-@functools.cache
-def count(files: tuple[Path, ...]) -> int:
-    """How many documents there are in all."""
-    return sum(len(batch.texts) for batch in files_in_turn(files))
+            cut = bisect_right(batch.numbers, left)
+            for split, part in ("train", slice(cut)), ("heldout", slice(cut, None)):
+                yield batch._replace(numbers=batch.numbers[part], texts=batch.texts[part], split=split,
+                                     position=before + batch.position)
+        left, before = left - total, before + path.stat().st_size

@@ -1026,14 +1026,18 @@ BAD_RELEASES = {
     "cut.ckpt --seq-len 7": "cut.ckpt: not a whole checkpoint",
     "flipped.ckpt --seq-len 7": "flipped.ckpt: not a whole checkpoint",
     "text.ckpt --seq-len 7": "text.ckpt: not a whole checkpoint",
-    "code.ckpt --seq-len 7": "code.ckpt: not a whole checkpoint (Trying to call reduce for unrecognized function",
+    "code.ckpt --seq-len 7": "that cannot be passed over (Trying to call reduce for unrecognized function",
     "list.ckpt --seq-len 7": "list.ckpt: not a checkpoint of the paper's authors",
     "short.ckpt --seq-len 7": "short.ckpt: not a checkpoint of the paper's authors (ValueError: zip() argument 2 is shorter",
     "missing.ckpt --seq-len 7": "missing.ckpt: not the network of the paper's authors (Missing key(s) in state_dict: "
                                 "\"blocks.1.out.weight\"",
     "narrow.ckpt --seq-len 7": "narrow.ckpt: not the network of the paper's authors (size mismatch for blocks.0.mlp.0.w",
-    "wide.ckpt --seq-len 7": "wide.ckpt: its width 96 is no multiple of 64",
+    "wide.ckpt --seq-len 7": "wide.ckpt: V = 19, D = 96: D must be a multiple of 64",
     "good.ckpt --seq-len 7 --run-dir taken": "taken: holds a flm.pt; give --overwrite, or another --run-dir",
+    "steps.ckpt --seq-len 7 --run-dir taken": "taken: holds a flm.pt",
+    "flat.ckpt --seq-len 7": "flat.ckpt: V = 19, D = 0: D must be",
+    "good.ckpt --seq-len 1000000000000": "good.ckpt: not the network of the paper's authors (",
+    f"{'a' * 300} --seq-len 7": "aaa: no such file",
     "good.ckpt --seq-len 7 --run-dir words": "words: holds a run with another vocabulary",
     "good.ckpt --seq-len 7 --run-dir text.ckpt": "text.ckpt: cannot be written",
 }
@@ -1052,6 +1056,8 @@ def test_what_is_no_released_checkpoint_is_one_line(folder):
     torch.save({"state_dict": {k: v for k, v in state.items() if not k.endswith("1.attn_out.weight")}}, "missing.ckpt")
     torch.save({"state_dict": {k: v[:-1] if k.endswith("0.mlp.0.weight") else v for k, v in state.items()}}, "narrow.ckpt")
     released("wide.ckpt", 19, False, D=96)
+    released("steps.ckpt", 19, False, {"global_step": "many"})
+    torch.save(whole | {"state_dict": state | {"backbone._orig_mod.vocab_embed.embedding": torch.zeros(19, 0)}}, "flat.ckpt")
     convert.main(shlex.split("good.ckpt --seq-len 7 --run-dir taken"))
     Path("words").mkdir()
     data.Tokenizer({"kind": "chars", "chars": "ab"}).save(Path("words/tokenizer.json"))
@@ -1307,6 +1313,9 @@ BAD = {
     "--dataset long.txt --tokenizer chars --seq-len 4096": "do not fill one row",
     "--dataset long.txt --vocab-size 9999": "--vocab-size 9999: this text gives",
     "--dataset long.txt --vocab-size 20": "this text gives 257 tokens",
+    f"--dataset {'a' * 300}": "not a file",
+    "--dataset long.txt --tokenizer gpt2 --seq-len 2": "--seq-len 2: with --tokenizer gpt2 a row begins and ends",
+    "--dataset lm1b --data-url nonsense": "--data-url nonsense: must be an address",
     "--seq-len 0": "--seq-len 0: must be 1 or more",
     "--seq-len many": "argument --seq-len: invalid int value: 'many'",
     "--lr nan": "--lr nan: must be 0 or more",
