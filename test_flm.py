@@ -1290,6 +1290,36 @@ def test_unigram_entropy_is_that_of_each_text():
 # -------------------------------------------------------------------------------------------------- the command line
 
 
+@pytest.mark.parametrize("bf16, width, depth, L", ((True, 192, 3, 96), (False, 128, 2, 200)))
+def test_what_a_network_needs_is_what_a_small_one_takes(bf16, width, depth, L):
+    """Parameters and state exactly; what blocks keep for their gradients, counted on a narrow block, within 2 % of the bytes
+    that a whole network keeps (the norms' and scores' statistics do not grow with the width)."""
+    V, rows = 40, 2
+    config = settings(f"--parameterization linear --packing --width {width} --heads {width // 64} --depth {depth} "
+                      f"--seq-len {L} --cond-width 8 --{'' if bf16 else 'no-'}bf16 --dropout 0")
+    need = bench.needs(config, V, cards=2)
+    model = flm.Transformer(config, V, torch.zeros(V))
+    assert need["parameters"] == sum(p.numel() for p in model.parameters())
+    assert need["state"] == 20 * need["parameters"]  # float32 weight, gradient, average, two moments
+    kept = {}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x
+        return x
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        hidden = [torch.randn(rows, L, width, requires_grad=True)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            for block in model.blocks:
+                hidden.append(block(hidden[-1], torch.randn(rows, 8), model.cos, model.sin))
+    own |= {x.untyped_storage().data_ptr() for x in (model.cos, model.sin)}
+    total = sum(x.untyped_storage().nbytes() for place, x in kept.items() if place not in own and x.numel() >= rows * L)
+    total -= bf16 * depth * 12 * width**2 * 2  # the weights in bfloat16
+    assert abs(total / (rows * need["row"]) - 1) < 0.02
+    sharded = bench.needs(config, V, cards=4)["state_sharded"]
+    assert need["state"] / 4 < sharded < need["state_sharded"]
+
+
 def test_every_command_in_the_readme_parses():
     parsers = {"flm.py": flm.command_line, "distill.py": distill.command_line, "baselines.py": baselines.command_line,
                "evaluate.py": evaluate.parse, "bench.py": bench.parse, "convert.py": convert.parse}
