@@ -154,7 +154,7 @@ def journeys(model: nn.Module, tokens: Tensor, rows: Rows, last: float = 1.0, st
     tau_s = last * (1 - duration) * place
     tau_t = tau_s + last * duration
     tau_s[stand] = tau_t[stand] = tau[stand]
-    return torch.lerp(model.noise(white), model.clean(tokens), *times(model.clock, tau_s)), tau_s, tau_t, tau
+    return model.noise(white).lerp_(model.clean(tokens), *times(model.clock, tau_s)), tau_s, tau_t, tau
 
 
 def map_loss(objective: str, teacher: Transformer | None) -> Callable:
@@ -199,7 +199,7 @@ class Correction(Transformer):
         if not self.linear:
             self.gain.requires_grad_(False)  # Bayes' rule has no part in g
 
-    def logits(self, x: Tensor, skip: Tensor | None) -> Tensor:
+    def logits(self, x: Tensor, state: Tensor | None, weight: Tensor | None) -> Tensor:
         return F.linear(x, self.head.weight, self.head.bias)  # no cap: g reaches hundreds
 
 

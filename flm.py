@@ -151,7 +151,7 @@ def flow_loss(model: nn.Module, tokens: Tensor, rows: Rows) -> tuple[Tensor, Ten
     """
     tau, white = rows.draw(tokens.shape[1], model.noise_dims, tokens.device)
     t = model.clock.t(tau)[:, None, None]
-    state = torch.lerp(model.noise(white), model.clean(tokens), t)  # x_t = (1 - t) x0 + t x1
+    state = model.noise(white).lerp_(model.clean(tokens), t)  # x_t = (1 - t) x0 + t x1, in the place of x0
     return model(state, tau, targets=tokens).mean(1), tau
 
 
@@ -399,29 +399,32 @@ class Transformer(nn.Module):
         zeros = torch.zeros(*tokens_or_probs.shape, self.V, dtype=self.embedding.dtype, device=self.device)
         return zeros.scatter_(-1, tokens_or_probs[..., None], 1.0)
 
-    def bayes_logits(self, state: Tensor, tau_s: Tensor, tau_t: Tensor | None = None) -> Tensor:
-        """[FLM] log p + c x_s, Bayes' rule for each token without its context, up to a constant: (B, L, V).
+    def bayes_weight(self, tau_s: Tensor, tau_t: Tensor | None = None) -> Tensor:
+        """[FLM] c (B, 1, 1): Bayes' rule for each token without its context is log p + c x_s, up to a constant.
 
         A map from s to t must see noise that c = s/(1-s)^2 hides: it reads x_s with the weight its noise will have at m,
         half-way in tau, k = m/((1-m)(1-s)), which is c where t = s.
         """
         s = self.clock.t(tau_s)[:, None, None]
         m = s if tau_t is None else self.clock.t((tau_s + tau_t) / 2)[:, None, None]
-        return torch.addcmul(self.log_p, m / ((1 - m).clamp(min=0.02) * (1 - s).clamp(min=0.02)), state)
+        return m / ((1 - m).clamp(min=0.02) * (1 - s).clamp(min=0.02))
 
     def forward(self, state: Tensor, tau_s: Tensor, tau_t: Tensor | None = None, targets: Tensor | None = None,
                 past: list[list[Tensor]] | None = None) -> Tensor:
         """Logits (B, L, V) in float32 from state (B, L, D or V) and tau_s (B,), or with targets (B, L) or (B, L, V)
-        their cross-entropy (B, L), the network's part of the logits held for `config.loss_chunk` positions at a time.
-        With tau_t (B,) those of a flow map's mean denoiser from s to t, without it the flow's denoiser at s.
-        past: for ar, what each block keeps of the positions before these."""
-        bayes = skip = None if self.linear else self.bayes_logits(state, tau_s, tau_t)
+        their cross-entropy (B, L). With tau_t (B,) those of a flow map's mean denoiser from s to t, without it the flow's
+        denoiser at s. past: for ar, what each block keeps of the positions before these.
+
+        With targets, what is V-dimensional but the state is held for `config.loss_chunk` positions at a time."""
+        chunk = self.config.loss_chunk if targets is not None else 0
         cond = F.silu(self.time_s(tau_s) if tau_t is None else self.time_s(tau_s) + self.time_t(tau_t))
-        if tau_t is not None and not self.linear:  # [FLM] the noise decides more the longer the journey
-            gain = (tau_t - tau_s) * (cond @ self.gain)
-            skip = torch.addcmul(bayes, gain[:, None, None], state)
+        read = weight = None
+        if not self.linear:
+            read = weight = self.bayes_weight(tau_s, tau_t)
+            if tau_t is not None:  # [FLM] the noise decides more the longer the journey
+                weight = read + ((tau_t - tau_s) * (cond @ self.gain))[:, None, None]
         with torch.autocast(state.device.type, torch.bfloat16, enabled=bool(self.config.bf16)):
-            x = state if self.linear else bayes.softmax(-1) @ self.embedding  # [FLM]
+            x = state if self.linear else in_chunks(self.mean_embedding, chunk, state, read)  # [FLM]
             if not self.linear and self.blank is not None:
                 x = x + self.blank
             before = past[0][0].shape[-2] if past and past[0] else 0
@@ -433,28 +436,43 @@ class Transformer(nn.Module):
                 x = block(x, cond, self.cos[here], self.sin[here], past and past[i])
             shift, scale = self.modulation(cond)[:, None].to(x.dtype).chunk(2, dim=-1)
             x = torch.addcmul(shift, self.norm(x), 1 + scale)
+        state = None if self.linear else state
         if targets is None:
-            return self.logits(x, skip)
-        flat = [None if a is None else a.flatten(0, 1) for a in (x, skip, targets)]
-        chunk = self.config.loss_chunk
-        if not chunk or chunk >= len(flat[0]):
-            return self.cross_entropy(*flat).view(x.shape[:2])
-        parts = zip(*(itertools.repeat(None) if a is None else a.split(chunk) for a in flat))
-        return torch.cat([checkpoint(self.cross_entropy, *part, use_reentrant=False) for part in parts]).view(x.shape[:2])
+            return self.logits(x, state, weight)
+        return in_chunks(self.cross_entropy, chunk, x, state, weight, targets)
 
-    def logits(self, x: Tensor, skip: Tensor | None) -> Tensor:
-        """Features x (..., D) and, for `posterior`, what Bayes' rule adds (..., V) -> logits (..., V)."""
+    def mean_embedding(self, state: Tensor, weight: Tensor) -> Tensor:
+        """What Bayes' rule expects each token's embedding to be: (..., D)."""
+        return torch.addcmul(self.log_p, weight, state).softmax(-1) @ self.embedding
+
+    def logits(self, x: Tensor, state: Tensor | None, weight: Tensor | None) -> Tensor:
+        """Features x (..., D) and, for `posterior`, the state (..., V) and its weight in Bayes' rule -> logits (..., V)."""
         cap = self.config.logit_cap
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bool(self.config.bf16)):
             z = F.linear(2 / cap * x, self.head.weight, 2 / cap * self.head.bias) if cap else self.head(x)
         z = z.to(x.dtype)
         if cap:
             z = 2 * cap * z.sigmoid_() - cap  # = cap tanh(network / cap), but a sigmoid takes a CPU a quarter of the time
-        return z if skip is None else z + skip  # [FLM] the cap never touches Bayes' part, which reaches thousands
+        if state is None:
+            return z
+        return torch.addcmul(z + self.log_p, weight, state)  # [FLM] no cap on Bayes' part, which reaches thousands
 
-    def cross_entropy(self, x: Tensor, skip: Tensor | None, targets: Tensor) -> Tensor:
-        """x (N, D), skip (N, V) or None, targets (N,) or (N, V) -> nats (N,)."""
-        return F.cross_entropy(self.logits(x, skip), targets, reduction="none")
+    def cross_entropy(self, x: Tensor, state: Tensor | None, weight: Tensor | None, targets: Tensor) -> Tensor:
+        """x (..., D), state (..., V) and its weight or None, targets (...) or (..., V) -> nats (...)."""
+        z = self.logits(x, state, weight).flatten(0, -2)
+        targets = targets.flatten(0, -2) if targets.is_floating_point() else targets.flatten()
+        return F.cross_entropy(z, targets, reduction="none").view(x.shape[:-1])
+
+
+def in_chunks(f: Callable, chunk: int, *tensors: Tensor | None) -> Tensor:
+    """f of (B, L, ...) tensors, some of which may be (B, 1, 1) or None, `chunk` positions at a time, computed again for
+    their gradients instead of kept; 0: all at once."""
+    B, L = tensors[0].shape[:2]
+    if not chunk or chunk >= B * L:
+        return f(*tensors)
+    flat = [x if x is None else x.expand(-1, L, *x.shape[2:]).flatten(0, 1).split(chunk) for x in tensors]
+    parts = zip(*(itertools.repeat(None) if x is None else x for x in flat))
+    return torch.cat([checkpoint(f, *part, use_reentrant=False) for part in parts]).unflatten(0, (B, L))
 
 
 # ---------------------------------------------------------------------------------------------------- 5. Settings
