@@ -1,10 +1,12 @@
 """What a GPU run relies on, as far as it shows without one."""
 
+import contextlib
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import flm
@@ -37,3 +39,43 @@ def test_the_network_compiles_whole(kind, bf16, chunk):
     assert (loss - exact).abs().max() < (0.05 if bf16 else 1e-5)
     expected = torch.autograd.grad(exact.mean(), weight)[0]
     assert (gradient - expected).norm() < (0.05 if bf16 else 1e-4) * expected.norm()
+
+
+@pytest.mark.parametrize("kind", ["linear", "posterior"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_training_step_never_waits_for_the_device(kind, optimizer):
+    """Tensors without values: whatever would read one on the host, as .item(), a condition or an index by mask does, raises.
+    Where there is a GPU, the same step with CUDA's own check for waiting."""
+    config = flm.Config(depth=2, width=32, heads=2, cond_width=8, seq_len=8, dropout=0.1, bf16=True, loss_chunk=8,
+                        parameterization=kind, optimizer=optimizer)
+
+    def steps(device: str, mode) -> None:
+        model = flm.Transformer(config, 40, torch.full((40,), 1 / 40).log()).to(device)
+        tokens = torch.zeros(4, 8, dtype=torch.long, device=device)
+        if device == "cpu":
+            tokens = mode.from_tensor(tokens)
+            for module in model.modules():
+                for values in module._parameters, module._buffers:
+                    values |= {name: mode.from_tensor(x) for name, x in values.items() if x is not None}
+        objective, params = flm.Objective(model, flm.flow_loss), list(model.parameters())
+        with mode:
+            optimizers, ema = flm.make_optimizers(model, config), [p.detach().clone() for p in params]
+            for step in range(3):
+                if step == 1 and device == "cuda":  # the first one makes what lasts
+                    torch.cuda.set_sync_debug_mode("error")
+                loss = objective(tokens, flm.Rows(0, step, range(4), 4))[0].mean()
+                loss.backward()
+                assert all(p.grad is not None for p in params if p.requires_grad)
+                torch.nn.utils.clip_grad_norm_(params, 1.0)
+                for part in optimizers:
+                    part.step()
+                    part.zero_grad()
+                torch._foreach_lerp_(ema, [p.detach() for p in params], 0.1)
+            with pytest.raises((DataDependentOutputException, RuntimeError)):  # it would be seen
+                loss.item()
+    steps("cpu", FakeTensorMode())
+    if torch.cuda.is_available():
+        try:
+            steps("cuda", contextlib.nullcontext())
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
