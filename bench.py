@@ -14,22 +14,20 @@ scale    flm.py's own tokens a second under torchrun, 1 and 2 processes of one t
 needs    memory and operations of large networks, by count: nothing is run
 data     tokens a second of the tokenizer, of preparation, and of the loader
 
-Medians of --repeats after one to warm up, the variants in turn, so that a slow moment slows all. Memory: on CUDA what torch
-has allocated at most; on a CPU what a process of its own needs for two steps above what it had before.
+Medians of --repeats after one to warm up, the variants in turn, so that a slow moment slows all. GB: what a step allocates
+at most, above weights and optimizer states.
 """
 
 import argparse
+import itertools
 import json
-import multiprocessing
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -128,24 +126,19 @@ def rate(steps: dict[str, Step], repeats: int, device: torch.device) -> dict[str
     return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
 
-def peak(make: Callable, name: str, args: argparse.Namespace) -> int:
-    """Bytes that two steps need above what was there before the network was."""
-    device = setup(args.device, args.threads)
+def peak(step: Step, device: torch.device) -> int:
+    """Bytes that a second step allocates at most, above what there is between steps."""
+    step()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    else:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    step = make(name, args, device)
-    step(), step()
-    if device.type == "cuda":
+        step()
         return torch.cuda.max_memory_allocated() - before
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-
-
-def in_its_own_process(work: Callable, *settings):
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(work, *settings).result()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    events = sorted((event.start_ns(), event.nbytes()) for event in profile.profiler.kineto_results.events()
+                    if event.name() == "[memory]")
+    return max(itertools.accumulate(size for _, size in events))
 
 
 def matrix_rate(device: torch.device) -> float:
@@ -155,10 +148,9 @@ def matrix_rate(device: torch.device) -> float:
 
 
 def bench_steps(make: Callable, names: Sequence[str], against: str, args: argparse.Namespace, device: torch.device) -> list:
-    seconds = rate({name: make(name, args, device) for name in names}, args.repeats, device)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    memory = {name: in_its_own_process(peak, make, name, args) for name in names}
+    steps = {name: make(name, args, device) for name in names}
+    memory = {name: peak(step, device) for name, step in steps.items()}
+    seconds = rate(steps, args.repeats, device)
     tokens, best = args.rows * args.seq_len, matrix_rate(device) if device.type == "cuda" else None
     print(f"{'':14}{'s a step':>10}{'tokens/s':>11}{'x ' + against:>13}{'GB':>8}{'x ' + against:>13}{'model TFLOP/s':>15}"
           + f"{'of matrix rate':>16}" * bool(best))
@@ -185,7 +177,7 @@ def bench_sample(args: argparse.Namespace, device: torch.device) -> list:
     print(f"{'texts at once':>14}{'':12}{'seconds':>10}{'tokens/s':>11}{'x fmlm 1':>11}")
     for n in (1, 16, 128):
         steps = {"fmlm 1": lambda n=n: distill.sample(models["fmlm"], n, 1, 0)}
-        steps |= {f"flm {s}": lambda n=n, s=s: flm.sample(models["flm"], n, s, 0) for s in (1, 8, 64)}
+        steps |= {f"flm {s}": lambda n=n, s=s: flm.sample(models["flm"], n, s, 0) for s in (1, 8, 64) if n == 1}
         steps |= {f"ar {args.seq_len}": lambda n=n: baselines.ar_sample(models["ar"], n, 0, 0)}
         seconds = rate(steps, args.repeats, device)
         for name, value in seconds.items():
@@ -195,18 +187,27 @@ def bench_sample(args: argparse.Namespace, device: torch.device) -> list:
 
 
 def bench_scale(args: argparse.Namespace) -> list:
-    """The whole program on `words` in processes of one thread: tokens a second, the median of its later log lines."""
+    """The whole program on `words` in processes of one thread, 64 rows each: tokens a second of all, by their log lines but
+    the first. Two that know nothing of each other show what the machine allows."""
+    def start(folder: str, name: str, processes: int) -> subprocess.Popen:
+        torchrun = f"-m torch.distributed.run --standalone --nproc_per_node={processes}".split()
+        return subprocess.Popen([sys.executable, *torchrun, str(Path(__file__).parent / "flm.py"), *(
+            f"--run-dir {name} --max-steps 240 --log-every 20 --threads 1 --batch-size {64 * processes}").split()],
+            cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def rate_of(folder: str, name: str) -> float:
+        lines = map(json.loads, Path(folder, name, "flm.log.jsonl").read_text().splitlines())
+        return statistics.median([line["tokens_per_s"] for line in lines if "lr" in line][1:])
     out = []
-    for n in (1, 2):
+    for name, runs in {"1 process": [1], "2 apart": [1, 1], "2 processes": [2]}.items():
         with tempfile.TemporaryDirectory() as folder:
-            flm_py, log = Path(__file__).parent / "flm.py", Path(folder, "run/flm.log.jsonl")
-            subprocess.run([sys.executable, *f"-m torch.distributed.run --standalone --nproc_per_node={n} {flm_py}".split(),
-                            *f"--run-dir run --max-steps 160 --log-every 20 --threads 1 --batch-size {64 * n}".split()],
-                           cwd=folder, check=True, capture_output=True)
-            rates = [line["tokens_per_s"] for line in map(json.loads, log.read_text().splitlines()) if "lr" in line]
-        out.append(dict(processes=n, tokens_per_s=statistics.median(rates[1:])))
-        print(f"{n} process{'es' * (n > 1):2} {out[-1]['tokens_per_s']:11.0f} tokens/s "
-              f"{out[-1]['tokens_per_s'] / out[0]['tokens_per_s'] / n:8.2f} of ideal", flush=True)
+            names = [f"run{i}" for i in range(len(runs))]
+            started = [start(folder, run, processes) for run, processes in zip(names, runs)]
+            if any(process.wait() for process in started):
+                raise UserError("flm.py under torchrun did not come to its end; run it by itself to see why")
+            total = sum(rate_of(folder, run) for run in names)
+        out.append(dict(name=name, tokens_per_s=total))
+        print(f"{name:14}{total:11.0f} tokens/s{total / out[0]['tokens_per_s']:8.2f} x one", flush=True)
     return out
 
 

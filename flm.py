@@ -16,7 +16,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import Field, asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -174,11 +174,14 @@ def euler(denoiser: Callable[[Tensor, Tensor, Tensor], Tensor], state: Tensor, c
     taus = torch.linspace(0, 1, steps + 1, device=state.device)
     ts = clock.t(taus)
     for step, (tau, t, t_next) in enumerate(zip(taus, ts, ts[1:])):
-        again = share is not None and step + 1 < steps
+        last = step + 1 == steps
+        again = share is not None and not last
         t_far = 1 - (1 - t_next) * (1 - share(t, t_next) ** 2) ** 0.5 if again else t_next
         probs = denoiser(state, tau.expand(len(state)), clock.tau(t_far).expand(len(state)))
         if path:
             seen.append((tau, state, probs))
+        if last:
+            break
         state = state + (t_far - t) / (1 - t) * (clean(probs) - state)  # velocity b_t = (D_t - x) / (1 - t)
         if again:
             shrink = t_next / t_far  # x_t~ has t~ of the token and 1 - t~ of the noise
@@ -330,6 +333,7 @@ class Transformer(nn.Module):
         self.noise_dims = D if self.linear and V > D else V
         self.clock = Clock(V)
         self.register_buffer("log_p", log_p.float(), persistent=False)
+        self.kept_factor = None, None
         self.embedding = nn.Parameter(torch.empty(V, D).uniform_(-1, 1) / math.sqrt(D))  # E
         learned = not config.packing if config.position_embedding is None else config.position_embedding
         self.position = nn.Parameter(torch.zeros(config.seq_len, D)) if learned else None
@@ -384,11 +388,17 @@ class Transformer(nn.Module):
         return white @ self.factor().T
 
     def factor(self) -> Tensor:
-        """chol(E^T E) (D, D), for V > D; NaN where there is none."""
+        """chol(E^T E) (D, D), for V > D; NaN where there is none. Without gradients it is kept while E stays as it is."""
+        version = (self.embedding.data_ptr(), self.embedding._version)
+        if not torch.is_grad_enabled() and self.kept_factor[0] == version:
+            return self.kept_factor[1]
         gram = self.embedding.T @ self.embedding.detach()
         gram = 2 * gram - gram.detach()  # E^T E, and its whole gradient, the product being symmetric, from half the work
         factor, failed = torch.linalg.cholesky_ex(gram)  # [FLM] with its gradient: else that of E is biased
-        return torch.where(failed == 0, factor, math.nan)  # no waiting for `failed`: a NaN loss stops the run
+        factor = torch.where(failed == 0, factor, math.nan)  # no waiting for `failed`: a NaN loss stops the run
+        if not torch.is_grad_enabled():
+            self.kept_factor = version, factor
+        return factor
 
     def clean(self, tokens_or_probs: Tensor) -> Tensor:
         """[FLM] The state at t = 1 of tokens (B, L), or its expectation under probs (B, L, V)."""
@@ -661,8 +671,8 @@ def weights(objective: Objective, values: list[Tensor]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def overwrite(params: list[Tensor], values: list[Tensor]) -> None:
-    for p, value in zip(params, values):
+def overwrite(params: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    for p, value in zip(params, values, strict=True):
         p.copy_(value)  # in place: a sharded one is not to be replaced
 
 
@@ -829,8 +839,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Transformer:
         if tokenizer.checksum != content["tokenizer"]:
             raise ValueError("the tokenizer.json beside it is another's")
         model = build(Config(**content["config"]), tokenizer, content["log_p"], content["kind"])
-        for p, average in zip(model.parameters(), content["ema"], strict=True):
-            p.data.copy_(average)
+        overwrite(model.parameters(), content["ema"])
         model.step, model.source = content["step"], content["source"]
     except (TypeError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{path}: does not fit this program ({first_line(error)}); train it anew: {program(path.stem)} "
