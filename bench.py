@@ -348,8 +348,9 @@ def main(argv: list[str]) -> None:
     device = setup(args.device, args.threads)
     card = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     report = dict(vars(args), device=str(device), card=card, torch=torch.__version__)
-    print(f"V {args.vocab}, D {args.width}, {args.depth} blocks, {args.rows} x {args.seq_len} tokens, "
-          f"{'bfloat16' if args.bf16 else 'float32'}, {device}, {card}, torch {torch.__version__}, median of {args.repeats}")
+    if {"step", "sample", "distill"} & set(args.what):
+        print(f"V {args.vocab}, D {args.width}, {args.depth} blocks, {args.rows} x {args.seq_len} tokens, {device}, {card}, "
+              f"{'bfloat16' if args.bf16 else 'float32'}, torch {torch.__version__}, median of {args.repeats}")
     for what in args.what:
         print(f"\n{what}")
         report[what] = {

@@ -89,6 +89,8 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
 
 def weights(content: dict, path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The network's parameters under our names: as trained, and their average, a list in the order of the former."""
+    if isinstance(content, dict) and "kind" in content:
+        raise UserError(f"{path}: is this program's own already; give its folder as --run-dir to what is to use it")
     try:
         trained = {name.replace("_orig_mod.", ""): value.float() for name, value in content["state_dict"].items()}
         if own := [name for name in trained if name.startswith("backbone.")]:  # a teacher may stand beside it
@@ -179,7 +181,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=0, help="its length, without --dataset: samples are token ids then")
     parser.add_argument("--logit-cap", default="30", choices=("none", "30"),
                         help="none: the paper's first version, which had no cap on its output (default 30)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the K.pt of the folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace the flm.pt, or fmlm.pt, of the folder")
     args = parser.parse_args(argv)
     if bool(args.dataset) == (args.seq_len > 0):
         raise UserError("give --dataset lm1b, --dataset owt, or --seq-len with 1 or more positions")

@@ -49,10 +49,10 @@ FORMAT = 3  # of the token files; part of their hash
 def documents(source: Source) -> Iterator[Batch]:
     """The batches of a source as they are tokenised: detokenised, each with a split."""
     for batch in source.batches():
-        yield from split(batch, source.detokenise)
+        yield from by_split(batch, source.detokenise)
 
 
-def split(batch: Batch, detokenise: bool) -> list[Batch]:
+def by_split(batch: Batch, detokenise: bool) -> list[Batch]:
     """A batch as one of its split, or as two: its training documents and those held out by their hash."""
     texts = batch.texts
     if detokenise and texts:
@@ -319,7 +319,7 @@ def tokenise(batch: Batch, tokenizer: Tokenizer, detokenise: bool, seq_len: int 
     """For each split in a batch: how many documents, and their tokens, each with an end token or, if seq_len is given,
     padded to it with end tokens. Raises UserError for a document that does not fit."""
     parts = []
-    for place, numbers, texts, split_name, _ in split(batch, detokenise):
+    for place, numbers, texts, split, _ in by_split(batch, detokenise):
         rows = tokenizer.encode(texts)
         for number, ids in zip(numbers, rows):
             if seq_len and len(ids) >= seq_len:
@@ -327,7 +327,7 @@ def tokenise(batch: Batch, tokenizer: Tokenizer, detokenise: bool, seq_len: int 
                                 "give a larger one or --packing")
             ids += [tokenizer.end] * (seq_len - len(ids) if seq_len else 1)
         flat = np.fromiter(chain.from_iterable(rows), token_type(tokenizer.vocab_size), sum(map(len, rows)))
-        parts.append((split_name, len(texts), flat))
+        parts.append((split, len(texts), flat))
     return parts
 
 

@@ -775,6 +775,12 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
                       loss_by_tau=[s / c if c else None for s, c in zip(sums, counts)], tokens_per_s=round(speed))
             bar.set_postfix_str(f"loss {mean_loss:.3f}, {speed / 1000:.1f}k tokens/s")
             history, bins = [], torch.zeros_like(bins)
+        if evaluate or done == last:
+            state = to_save(dict(model=model.state_dict(), ema=ema, optimizers=[o.state_dict() for o in optimizers]))
+        if (evaluate or done == last) and rank() == 0:
+            write_checkpoint(folder / f"{kind}.pt", state | dict(
+                kind=kind, config=lasting(config) | {"dataset": Path(config.dataset).name, "data_dir": ""},
+                source=corpus.meta["source"], tokenizer=model.tokenizer.checksum, log_p=model.log_p, step=done))
         if evaluate:
             with weights(objective, ema):
                 by_tau = held_out_loss(model, loss, corpus, config.eval_rows if done < config.max_steps else sys.maxsize)
@@ -782,12 +788,6 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
             log.write(step=done, heldout=sum(by_tau) / 10, heldout_by_tau=by_tau, samples=texts)
             say(f"step {done}: held-out loss {sum(by_tau) / 10:.4f} a position, by tenth of tau "
                 + " ".join(f"{x:.3f}" for x in by_tau) + "".join(f"\n    {text}" for text in texts))
-        if evaluate or done == last:
-            state = to_save(dict(model=model.state_dict(), ema=ema, optimizers=[o.state_dict() for o in optimizers]))
-        if (evaluate or done == last) and rank() == 0:
-            write_checkpoint(folder / f"{kind}.pt", state | dict(
-                kind=kind, config=lasting(config) | {"dataset": Path(config.dataset).name, "data_dir": ""},
-                source=corpus.meta["source"], tokenizer=model.tokenizer.checksum, log_p=model.log_p, step=done))
         if not history:
             mark = time.perf_counter()
     bar.close()

@@ -192,6 +192,8 @@ def read_checkpoint(path: Path) -> dict:
     Raises UserError for a missing, damaged or foreign file.
     """
     if not path.is_file():
+        if config_file(path.parent, path.stem).exists():
+            raise UserError(f"{path}: this run has saved no checkpoint yet; give the command that began it once more")
         raise UserError(f"{path}: no such checkpoint; train one first: {program(path.stem)} --run-dir {path.parent}")
     try:
         verify(path)

@@ -91,7 +91,7 @@ def readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error, tarfile.TarError) as error:  # ValueError: tarfile's
-        raise UserError(f"{path}: cannot be read ({error})") from None
+        raise UserError(f"{path}: cannot be read ({error}); put a whole copy in its place") from None
 
 
 def sha256(path: Path) -> str:
@@ -261,7 +261,8 @@ def fetch(url: str, part: Path, size: int) -> None:
             failures = 0 if file.tell() > furthest else failures + 1
             furthest = max(furthest, file.tell())
             if failures == RETRIES:
-                raise UserError(f"{url}: {fault}; {file.tell()} of {size} bytes are kept, the same command goes on")
+                raise UserError(f"{url}: {fault}, {RETRIES} times; {file.tell()} of {size} bytes are kept, the same command "
+                                "goes on; or give another --data-url, or a copy by --data-dir")
             if failures:
                 bar.set_postfix_str(fault)
                 time.sleep(WAIT * 2 ** (failures - 1))
@@ -358,10 +359,10 @@ def opened(path: Path) -> Iterator:
             schema = file.schema_arrow
             kind = schema.field("text").type if "text" in schema.names else None
             if kind not in (pa.string(), pa.large_string()):
-                raise UserError(f"{path}: has no column text of strings, but {', '.join(schema.names)}")
+                raise UserError(f"{path}: has no column text of strings, but {', '.join(schema.names)}; rename its column")
             yield file
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}); put a whole copy in its place") from None
 
 
 def parquet_file(path: Path) -> Iterator[Batch]:
