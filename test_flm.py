@@ -1019,6 +1019,17 @@ def test_strange_objects_in_a_released_checkpoint_are_never_made(folder):
     assert torch.equal(flm.load("run/flm.pt").embedding, average["vocab_embed.embedding"])
 
 
+def test_a_released_network_may_come_as_safetensors(folder):
+    """Its tensors alone, in any order and without the prefix: they are taken as they are."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    average = released("a.ckpt", 19, False)
+    safetensors.save_file(average | {"rotary_emb.inv_freq": torch.zeros(32)}, "a.safetensors")
+    for name in ("ckpt", "safetensors"):
+        convert.main(shlex.split(f"a.{name} --seq-len 7 --run-dir {name}"))
+    one, two = (flm.load(f"{run}/flm.pt").state_dict() for run in ("ckpt", "safetensors"))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
 BAD_RELEASES = {
     "nothing.ckpt --seq-len 7": "nothing.ckpt: no such file",
     "good.ckpt": "give --dataset lm1b, --dataset owt, or --seq-len",
