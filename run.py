@@ -337,7 +337,7 @@ class Log:
             left.plot(*zip(*((line["step"], line[name]) for line in self.lines if name in line)), label=name)
         left.set(xlabel="step", ylabel="loss a position")
         left.legend()
-        last = [line["heldout_by_tau"] for line in self.lines if "heldout" in line][-1]
-        right.bar([k / 10 + 0.05 for k in range(10)], last, width=0.09)
+        for last in [line["heldout_by_tau"] for line in self.lines if "heldout" in line][-1:]:  # none if it was cut off
+            right.bar([k / 10 + 0.05 for k in range(10)], last, width=0.09)
         right.set(xlabel="tau", ylabel="held-out loss a position")
         figure.savefig(path)

@@ -834,6 +834,19 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(folder, monkeypatch):
         new += 1
 
 
+def test_a_run_interrupted_in_its_last_evaluation_keeps_its_steps(folder, monkeypatch):
+    """The checkpoint is there before; resuming has nothing left to train, and ends with the figure and the texts."""
+    def interrupted(*args):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as now:
+        now.setattr(flm, "held_out_loss", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            flm.main(shlex.split(f"--max-steps 2 {TINY} --run-dir run"))
+    assert read_checkpoint(Path("run/flm.pt"))["step"] == 2
+    flm.main(shlex.split("--run-dir run --resume"))
+    assert Path("run/flm.loss.png").exists()
+
+
 def test_resuming_survives_a_log_cut_off_in_the_middle(folder):
     flm.main(shlex.split(f"--max-steps 3 {TINY} --stop-after 2"))
     with open("runs/words/flm.log.jsonl", "a") as log:
