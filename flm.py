@@ -114,20 +114,22 @@ class Rows:
     def draw(self, L: int, dims: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """tau (B,) and white noise (B, L, dims), float32."""
         generator = torch.Generator(device)
-        tau = torch.empty(len(self.index), device=device)
         white = torch.empty(len(self.index), L, dims, device=device)
-        for i, row in enumerate(self.index):
-            generator.manual_seed(mix(self.seed, self.step, row))
-            tau[i : i + 1].uniform_(generator=generator)
-            white[i].normal_(generator=generator)
-        if self.tau is None:  # [FLM] stratified: one draw in each of `total` equal strata
-            first = torch.arange(self.index.start, self.index.stop, device=device)
-            return (first + tau) / self.total, white
-        return torch.full_like(tau, self.tau), white
+        for noise, row in zip(white, self.index):
+            noise.normal_(generator=generator.manual_seed(mix(self.seed, self.step, row)))
+        if self.tau is not None:
+            return torch.full((len(white),), self.tau, device=device), white
+        tau = [(row + mix(self.seed, self.step, row, 1) / 2**32) / self.total for row in self.index]  # [FLM] stratified:
+        return send(torch.tensor(tau), device), white  # one draw in each of `total` equal strata
 
     def fresh(self, step: int) -> "Rows":
         """The same rows with other randomness: that of a sampler's step."""
         return replace(self, seed=mix(self.seed, 3, step))
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on the device, without waiting for it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def mix(*numbers: int) -> int:
@@ -224,8 +226,11 @@ def write(model: nn.Module, n: int, seed: int, solve: Callable[[Rows], Tensor]) 
 
 
 def rows_at_once(model: nn.Module) -> int:
-    """As many rows, 256 at most, as keep a float32 (rows, L, V) tensor within 1 GiB."""
-    return max(1, min(256, 2**28 // (model.config.seq_len * model.V)))
+    """As many rows, of 32768 tokens at most, as keep a float32 (rows, L, V) tensor within 1 GiB, on a GPU within a twelfth
+    of its memory."""
+    room = torch.cuda.get_device_properties(model.device).total_memory // 12 if model.device.type == "cuda" else 2**30
+    L = model.config.seq_len
+    return max(1, min(2**15 // L, room // (4 * L * model.V)))
 
 
 # ---------------------------------------------------------------------------------------------- 4. The transformer
@@ -453,14 +458,15 @@ class Transformer(nn.Module):
 
     def mean_embedding(self, state: Tensor, weight: Tensor) -> Tensor:
         """What Bayes' rule expects each token's embedding to be: (..., D)."""
-        return torch.addcmul(self.log_p, weight, state).softmax(-1) @ self.embedding
+        return aligned(torch.addcmul(self.log_p, weight, state).softmax(-1), -1) @ aligned(self.embedding, -2)
 
     def logits(self, x: Tensor, state: Tensor | None, weight: Tensor | None) -> Tensor:
         """Features x (..., D) and, for `posterior`, the state (..., V) and its weight in Bayes' rule -> logits (..., V)."""
         cap = self.config.logit_cap
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bool(self.config.bf16)):
-            z = F.linear(2 / cap * x, self.head.weight, 2 / cap * self.head.bias) if cap else self.head(x)
-        z = z.to(x.dtype)
+            scale = 2 / cap if cap else 1
+            z = F.linear(scale * x, aligned(self.head.weight, -2), scale * aligned(self.head.bias, -1))
+        z = z[..., : self.V].to(x.dtype)
         if cap:
             z = 2 * cap * z.sigmoid_() - cap  # = cap tanh(network / cap), but a sigmoid takes a CPU a quarter of the time
         if state is None:
@@ -472,6 +478,12 @@ class Transformer(nn.Module):
         z = self.logits(x, state, weight).flatten(0, -2)
         targets = targets.flatten(0, -2) if targets.is_floating_point() else targets.flatten()
         return F.cross_entropy(z, targets, reduction="none").view(x.shape[:-1])
+
+
+def aligned(x: Tensor, dim: int) -> Tensor:
+    """x with, on a GPU, zeros at the end of dimension `dim`, below 0, up to a multiple of 64: V = 50304 is faster than 50258."""
+    missing = -x.shape[dim] % 64 if x.is_cuda else 0
+    return F.pad(x, [0, 0] * (-1 - dim) + [0, missing]) if missing else x
 
 
 def in_chunks(f: Callable, chunk: int, *tensors: Tensor | None) -> Tensor:
@@ -520,7 +532,8 @@ class Config(Network):
 
     max_steps: int = setting(1_000_000, "steps of training", 1)
     batch_size: int = setting(512, "rows a step, over all processes and micro-batches", 1)
-    micro_batch_size: int = setting(0, "rows a process holds at once; 0: at most 32768 tokens and 1 GiB a tensor", 0)
+    micro_batch_size: int = setting(0, "rows a process holds at once; 0: at most 32768 tokens, and 1 GiB or a twelfth of a "
+                                   "GPU's memory for their logits", 0)
     optimizer: str = setting("adamw", "muon: Muon for the matrices of the blocks, AdamW for the rest",
                              choices=("adamw", "muon"))
     lr: float = setting(3e-4, "learning rate", 0)
@@ -532,7 +545,8 @@ class Config(Network):
     bf16: bool | None = setting(None, "bfloat16 in the linear layers; left out: where it is faster")
     compile: bool = setting(True, "torch.compile on CUDA")
     shard: bool = setting(False, "split parameters, gradients, averages and optimizer over the processes (FSDP)")
-    loss_chunk: int = setting(0, "positions whose logits are held at once; 0: all, on CUDA as many as make 1 GiB", 0)
+    loss_chunk: int = setting(0, "positions whose logits are held at once, and computed again for their gradients; 0: "
+                            "all", 0)
     seed: int = setting(0, "of weights, data order, times and noise; of the noise with --sample", 0, 2**62)
 
     log_every: int = setting(100, "steps from one log line to the next", 1)
@@ -727,9 +741,8 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
     del saved
     last = max(first, min(config.max_steps, config.stop_after or config.max_steps))
     B, L, local = config.batch_size, config.seq_len, config.batch_size // world()
-    chunked = model.linear and config.loss_chunk and kind not in ("fmlm", "correction")  # else targets are V-wide
-    most = 2**15 // L if chunked else min(2**15 // L, rows_at_once(model))
-    micro = config.micro_batch_size or next(m for m in range(local, 0, -1) if local % m == 0 and (m <= most or m == 1))
+    most = rows_at_once(model)
+    micro = config.micro_batch_size or next(m for m in range(local, 0, -1) if local % m == 0 and m <= most)
 
     log = Log(folder, kind, first)
     bar = tqdm(total=config.max_steps, initial=first, unit="step", disable=rank() != 0, file=sys.stderr, mininterval=1)
@@ -742,11 +755,9 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
         mean = torch.zeros((), device=device)
         for start in range(rank() * local, (rank() + 1) * local, micro):
             rows = Rows(config.seed, step, range(start, start + micro), B)
-            tokens = corpus.batch("train", step, rows.index)
-            if device.type == "cuda":
-                tokens = tokens.pin_memory()
+            tokens = send(corpus.batch("train", step, rows.index), device)
             with gradients(distributed, more=start + micro < (rank() + 1) * local):
-                nll, tau = distributed(tokens.to(device, non_blocking=True), rows)
+                nll, tau = distributed(tokens, rows)
                 (nll.mean() * micro / local).backward()
             nll = nll.detach()
             mean += nll.mean() * micro / local
@@ -820,10 +831,7 @@ def corpus_for(config: Config, device: torch.device) -> data.Corpus:
     """The text to train on, made once a machine; settles what the device decides of the settings."""
     if config.bf16 is None:  # the first process decides for all
         config.bf16 = bool(total(torch.tensor(float(rank() == 0 and bf16_is_faster(device)), device=device)))
-    corpus = first_does(lambda: corpus_of(config), device)
-    if device.type == "cuda" and not config.loss_chunk:
-        config.loss_chunk = max(1, 2**28 // corpus.tokenizer.vocab_size)
-    return corpus
+    return first_does(lambda: corpus_of(config), device)
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Transformer:
