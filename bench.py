@@ -112,9 +112,9 @@ def model_flops(args: argparse.Namespace) -> int:
 # ------------------------------------------------------------------------------------------------------- 2. The clock
 
 
-def rate(steps: dict[str, Step], repeats: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each step, taken in turn; on CUDA of each in five, which do not wait for each other."""
-    seconds, times = {name: [] for name in steps}, 5 if device.type == "cuda" else 1
+def rate(steps: dict[str, Step], repeats: int, device: torch.device, times: int = 1) -> dict[str, float]:
+    """Median seconds of each step, taken in turn, of `times` in a row that need not wait for each other."""
+    seconds = {name: [] for name in steps}
     for _ in range(repeats + 1):
         for name, step in steps.items():
             start = time.perf_counter()
@@ -156,7 +156,7 @@ def matrix_rate(device: torch.device) -> float:
 def bench_steps(make: Callable, names: Sequence[str], against: str, args: argparse.Namespace, device: torch.device) -> list:
     steps = {name: make(name, args, device) for name in names}
     memory = {name: peak(step, device) for name, step in steps.items()}
-    seconds = rate(steps, args.repeats, device)
+    seconds = rate(steps, args.repeats, device, times=5 if device.type == "cuda" else 1)
     tokens, best = args.rows * args.seq_len, matrix_rate(device) if device.type == "cuda" else None
     print(f"{'':14}{'s a step':>10}{'tokens/s':>11}{'x ' + against:>13}{'GB':>8}{'x ' + against:>13}{'model TFLOP/s':>15}"
           + f"{'of matrix rate':>16}" * bool(best))

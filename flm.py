@@ -723,8 +723,12 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
         if (saved["source"], saved["tokenizer"]) != (corpus.meta["source"], corpus.tokenizer.checksum):
             raise UserError(f"{folder}: --dataset {config.dataset} is not the text that this run was begun with")
     if config.compile and device.type == "cuda":
-        for part in model.blocks if config.shard else [model]:
-            part.compile()
+        if config.shard:  # part by part, as they are gathered
+            for part in (*model.blocks, model.norm):
+                part.compile()
+            model.cross_entropy, model.mean_embedding = map(torch.compile, (model.cross_entropy, model.mean_embedding))
+        else:
+            model.compile()
     objective = Objective(model, loss)
     try:
         if saved:
