@@ -35,18 +35,20 @@ def ar_loss(model: Transformer, tokens: Tensor, rows: Rows) -> tuple[Tensor, Ten
     return ar_nats(model, tokens).mean(1), torch.zeros(len(tokens), device=tokens.device)
 
 
-def ar_sample(model: Transformer, n: int, steps: int, seed: int) -> Tensor:
-    """Writes n texts token by token, L evaluations of one position each (`steps` says nothing): tokens (n, L)."""
-    def solve(rows: Rows) -> Tensor:
+def ar_sample(model: Transformer, n: int, steps: int, seed: int, known: Tensor | None = None) -> Tensor:
+    """Writes n texts token by token, L evaluations of one position each (`steps` says nothing): tokens (n, L). It reads the
+    tokens `known` (L,) or (n, L), -1 where there is none, as it comes to them, and those ahead have no say."""
+    def solve(rows: Rows, known: Tensor | None) -> Tensor:
         L, texts, past = model.config.seq_len, [], [[] for _ in model.blocks]
         uniform = uniforms(rows, L, 1, model.device)[..., 0]
         tau = torch.zeros(len(rows.index), device=model.device)
         state = model.blank.expand(len(rows.index), 1, -1)
         for i in range(L):
-            texts.append(pick(model(state, tau, past=past).softmax(-1)[:, 0], uniform[:, i]))
+            token = pick(model(state, tau, past=past).softmax(-1)[:, 0], uniform[:, i])
+            texts.append(token if known is None else torch.where(known[:, i] < 0, token, known[:, i]))
             state = model.clean(texts[-1][:, None])
         return torch.stack(texts, dim=1)
-    return flm.write(model, n, seed, solve)
+    return flm.write(model, n, seed, solve, known)
 
 
 def pick(probs: Tensor, uniform: Tensor) -> Tensor:
@@ -78,24 +80,28 @@ def mdlm_loss(model: Transformer, tokens: Tensor, rows: Rows) -> tuple[Tensor, T
     return (nll * ~known).mean(1) / (1 - tau).clamp(min=1e-6), tau  # tau may round to 1, where nothing is masked
 
 
-def mdlm_sample(model: Transformer, n: int, steps: int, seed: int) -> Tensor:
-    """Writes n texts in `steps` evaluations of ancestral sampling: tokens (n, L).
+def mdlm_sample(model: Transformer, n: int, steps: int, seed: int, known: Tensor | None = None) -> Tensor:
+    """Writes n texts in `steps` evaluations of ancestral sampling: tokens (n, L), those `known` (L,) or (n, L), -1 where there
+    is none, being revealed from the start.
 
     Each token has a time, even in (0, 1), at which it is revealed, drawn from its own distribution: so from tau to tau' a
     masked one comes with probability (tau' - tau) / (1 - tau). Tokens that come in one step do not know of each other.
     """
-    def solve(rows: Rows) -> Tensor:
+    def solve(rows: Rows, given: Tensor | None) -> Tensor:
         B, L = len(rows.index), model.config.seq_len
         tokens = torch.zeros(B, L, dtype=torch.long, device=model.device)
         when, uniform = uniforms(rows, L, 2, model.device).clamp(max=1 - 1e-7).unbind(-1)  # below 1: all come in the end
+        if given is not None:
+            tokens, when = given.clamp(min=0), torch.where(given < 0, when, -1.0)
+        share = torch.zeros(B, device=model.device) if given is None else (given >= 0).float().mean(1)  # known from the start
         grid = torch.linspace(0, 1, steps + 1, device=model.device)
         for tau, tau_next in zip(grid, grid[1:]):
             known = when < tau
             come = ~known & (when < tau_next)
-            logits = model(reveal(model, tokens, known), tau.expand(B))
+            logits = model(reveal(model, tokens, known), share + (1 - share) * tau)
             tokens[come] = pick(logits[come].softmax(-1), uniform[come])
         return tokens
-    return flm.write(model, n, seed, solve)
+    return flm.write(model, n, seed, solve, known)
 
 
 # -------------------------------------------------------------------------------------------------- 3. Command line

@@ -34,9 +34,9 @@ Delta = Callable[[Tensor, Tensor, Tensor], Tensor]  # (state, tau_s (B,), tau_t 
 # ------------------------------------------------------------------------------------------------------- 1. The map
 
 
-def mean_denoiser(model: nn.Module) -> Delta:
-    """delta_{s,t} as the two-time network gives it."""
-    return lambda state, tau_s, tau_t: model(state, tau_s, tau_t).softmax(-1)
+def mean_denoiser(model: nn.Module, known: Tensor | None = None) -> Delta:
+    """delta_{s,t} as the two-time network gives it, with some tokens known."""
+    return lambda state, tau_s, tau_t: model(state, tau_s, tau_t, known).softmax(-1)
 
 
 def move(model: nn.Module, state: Tensor, probs: Tensor, tau_s: Tensor, tau_t: Tensor) -> Tensor:
@@ -58,13 +58,15 @@ def flow_map(model: nn.Module, state: Tensor, tau_s: Tensor, tau_t: Tensor) -> T
     return move(model, state, mean_denoiser(model)(state, tau_s, tau_t), tau_s, tau_t)
 
 
-def sample(model: Transformer, n: int, steps: int, seed: int, renoise: float = 0.0, delta: Delta | None = None) -> Tensor:
-    """Writes n texts in `steps` evaluations of the map: tokens (n, L), from the noise that flm.sample has for this seed."""
-    def solve(rows: Rows) -> Tensor:
-        return flm.euler(delta or mean_denoiser(model), flm.start(model, rows), model.clock, steps, model.clean,
+def sample(model: Transformer, n: int, steps: int, seed: int, renoise: float = 0.0, known: Tensor | None = None,
+           delta: Callable = mean_denoiser) -> Tensor:
+    """Writes n texts in `steps` evaluations of the map: tokens (n, L), from the noise that flm.sample has for this seed, and
+    with the tokens `known` (L,) or (n, L), -1 where there is none. delta(model, known) gives the map's mean denoiser."""
+    def solve(rows: Rows, known: Tensor | None) -> Tensor:
+        return flm.euler(delta(model, known), flm.start(model, rows), model.clock, steps, model.clean,
                          (lambda t, t_next: renoise) if renoise else None,
                          lambda step: flm.start(model, rows.fresh(step))).argmax(-1)
-    return flm.write(model, n, seed, solve)
+    return flm.write(model, n, seed, solve, known)
 
 
 # -------------------------------------------------------------------------------------------------- 2. Objectives
@@ -168,16 +170,19 @@ def map_loss(objective: str, teacher: Transformer | None) -> Callable:
         odd = rows.index.start % 2
         stand, go = slice(odd, None, 2), slice(1 - odd, None, 2)
         state, tau_s, tau_t, tau = journeys(model, tokens, rows, 1.0 if objective == "semigroup" else 0.99, stand)
+        known = model.told(tokens, rows)
 
-        def denoiser(state: Tensor, tau: Tensor) -> Tensor:
-            return (teacher(state, tau) if teacher else model(state, tau, tau)).softmax(-1)
+        def denoiser(part: slice) -> Callable:
+            told = known if known is None else known[part]
+            return lambda state, tau: (teacher(state, tau, known=told) if teacher else model(state, tau, tau, told)).softmax(-1)
         with torch.no_grad():
             target = torch.zeros(*tokens.shape, model.V, device=tokens.device).scatter_(-1, tokens[..., None], 1.0)
             if teacher:
-                target[stand] = denoiser(state[stand], tau_s[stand])
-            target[go] = TARGETS[objective](mean_denoiser(model), denoiser, model, state[go], tau_s[go], tau_t[go])
-            entropy = torch.special.entr(target).sum(-1)
-        return (model(state, tau_s, tau_t, targets=target) - entropy).mean(1), tau
+                target[stand] = denoiser(stand)(state[stand], tau_s[stand])
+            delta = mean_denoiser(model, known if known is None else known[go])
+            target[go] = TARGETS[objective](delta, denoiser(go), model, state[go], tau_s[go], tau_t[go])
+            entropy = torch.special.entr(target).sum(-1)  # 0 where a token is known
+        return (model(state, tau_s, tau_t, known, targets=target) - entropy).mean(1), tau
     return loss
 
 
@@ -202,24 +207,29 @@ class Correction(Transformer):
     def logits(self, x: Tensor, state: Tensor | None, weight: Tensor | None) -> Tensor:
         return F.linear(x, self.head.weight, self.head.bias)  # no cap: g reaches hundreds
 
+    def insist(self, z: Tensor, known: Tensor) -> Tensor:
+        return z * (known < 0)[..., None]  # the teacher is certain already
 
-def corrected(correction: nn.Module, teacher: nn.Module) -> Delta:
+
+def corrected(correction: nn.Module, teacher: nn.Module, known: Tensor | None = None) -> Delta:
     """delta_{s,t} of a correction network: it sums to one, and is positive as far as it is right."""
     def delta(state: Tensor, tau_s: Tensor, tau_t: Tensor) -> Tensor:
         s, t = times(correction.clock, tau_s, tau_t)
         with torch.no_grad():
-            now = teacher(state, tau_s).softmax(-1)
-        g = correction(state, tau_s, tau_t)
+            now = teacher(state, tau_s, known=known).softmax(-1)
+        g = correction(state, tau_s, tau_t, known)
         return now + (1 - s) * (t - s) / 2 * (g - g.mean(-1, keepdim=True))
     return delta
 
 
-def squared_loss(model: nn.Module, tokens: Tensor, rows: Rows, delta: Delta, target: Delta) -> tuple[Tensor, ...]:
-    """|X - X'|^2 over V dimensions, X and X' being the maps of delta and of the fixed target, mean over positions: the
-    error (B,), tau_s (B,), and the drawn tau (B,)."""
+def squared_loss(model: nn.Module, tokens: Tensor, rows: Rows, delta: Callable, target: Callable) -> tuple[Tensor, ...]:
+    """|X - X'|^2 over V dimensions, X and X' being the maps of delta(known) and of the fixed target(known), mean over
+    positions: the error (B,), tau_s (B,), and the drawn tau (B,)."""
     state, tau_s, tau_t, tau = journeys(model, tokens, rows)
+    known = model.told(tokens, rows)
+    delta = delta(known)
     with torch.no_grad():
-        fixed = target(state, tau_s, tau_t)
+        fixed = target(known)(state, tau_s, tau_t)
     s, t = times(model.clock, tau_s, tau_t)
     error = (t - s) / (1 - s) * (delta(state, tau_s, tau_t) - fixed)
     return error.square().sum(-1).mean(1), tau_s, tau
@@ -229,8 +239,9 @@ def correction_loss(teacher: Transformer) -> Callable:
     """two-stage, first: the correction obeys the semigroup in squared error, each tenth of tau_s weighted by what is learned
     of its size, exp(-w) error + w."""
     def loss(model: nn.Module, tokens: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        delta = corrected(model, teacher)
-        error, tau_s, tau = squared_loss(model, tokens, rows, delta, partial(semigroup, delta, None, model))
+        delta = partial(corrected, model, teacher)
+        error, tau_s, tau = squared_loss(model, tokens, rows, delta,
+                                         lambda known: partial(semigroup, delta(known), None, model))
         weight = model.log_weight[(tau_s * 10).long().clamp(max=9)]
         return error * torch.exp(-weight) + weight, tau
     return loss
@@ -239,7 +250,8 @@ def correction_loss(teacher: Transformer) -> Callable:
 def regression_loss(correction: nn.Module, teacher: Transformer) -> Callable:
     """two-stage, second: one network that gives probabilities is regressed on the map of both."""
     def loss(model: nn.Module, tokens: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        error, _, tau = squared_loss(model, tokens, rows, mean_denoiser(model), corrected(correction, teacher))
+        error, _, tau = squared_loss(model, tokens, rows, partial(mean_denoiser, model),
+                                     partial(corrected, correction, teacher))
         return error, tau
     return loss
 
@@ -279,7 +291,7 @@ def load_teacher(name: str, flow: Transformer) -> Transformer:
         raise UserError(f"--teacher {error}") from None
     if teacher.tokenizer.checksum != flow.tokenizer.checksum:
         raise UserError(f"--teacher {path}: has another vocabulary than the run's flow; give a flow of the same text")
-    for name in ("parameterization", "seq_len"):
+    for name in ("parameterization", "seq_len", "condition_prob"):
         theirs, ours = (getattr(model.config, name) for model in (teacher, flow))
         if theirs != ours:
             raise UserError(f"--teacher {path}: its {flag(name)} is {theirs}, the run's flow has {ours}; train it alike")
@@ -339,7 +351,8 @@ def main(argv: list[str]) -> None:
         half.resume = config.resume and (folder / "correction.pt").exists()
         correction = student(Correction, half, flow, "correction", new=False).to(device)
         flm.train(correction, correction_loss(teacher), corpus, half, "correction",
-                  lambda model, n, steps, seed: sample(model, n, 1, seed, delta=corrected(model, teacher)))
+                  lambda model, n, steps, seed: sample(model, n, 1, seed, delta=lambda model, known: corrected(
+                      model, teacher, known)))
         if 0 < config.stop_after <= half.max_steps:
             return
         training = replace(training, max_steps=config.max_steps - half.max_steps,

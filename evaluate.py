@@ -178,6 +178,34 @@ def fingerprints(tokens: np.ndarray, L: int, stride: int) -> np.ndarray:
     return sum(weight * (tokens[i : i + last : stride].astype(np.uint64) + np.uint64(1)) for i, weight in enumerate(weights))
 
 
+def hide(rows: Tensor, share: float, end: int, padded: bool, frame: int, seed: int) -> Tensor:
+    """Rows (n, L) with -1 at a random `share` of the tokens of each text, one at least, behind its first `frame`."""
+    hidden = rows.clone()
+    generator = torch.Generator().manual_seed(seed)
+    for row in hidden:
+        places = torch.arange(frame, len(until_end(row.tolist(), end)) - 1 if padded else len(row) - frame)
+        if padded and row[-1] != end:
+            places = torch.arange(len(row))  # a text that fills its row
+        count = max(1, round(share * len(places)))
+        row[places[torch.randperm(len(places), generator=generator)[:count]]] = -1
+    return hidden
+
+
+def fillers(models: dict[str, flm.Transformer], steps: Sequence[int], texts: Sequence[Sequence[int]], end: int) -> dict:
+    """What fills gaps: fill(hidden (n, L), seed) -> rows (n, L), by name. Chance draws from the frequencies of tokens."""
+    counts = Counter(token for text in texts for token in text if token != end)
+    tokens, weights = torch.tensor(list(counts)), torch.tensor(list(counts.values()), dtype=torch.float64)
+
+    def chance(hidden: Tensor, seed: int) -> Tensor:
+        drawn = torch.multinomial(weights, hidden.numel(), True, generator=torch.Generator().manual_seed(seed))
+        return torch.where(hidden < 0, tokens[drawn].view(hidden.shape), hidden)
+    samplers = {"flm": flm.sample, "fmlm": distill.sample, "mdlm": baselines.mdlm_sample}
+    return {"chance": chance} | {
+        f"{kind} {count}": lambda hidden, seed, kind=kind, count=count: samplers[kind](
+            models[kind], len(hidden), count, seed, known=hidden)
+        for kind in samplers if kind in models for count in steps}
+
+
 # ------------------------------------------------------------------------------------------------- 3. The likelihood
 
 
@@ -233,6 +261,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--judge", default="ngram", help="ngram, ar, or a causal language model of Hugging Face")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16, 64], help="network evaluations for a text")
     parser.add_argument("--churn", type=float, default=1.0, help="fresh noise in the steps of flm+noise; 0: leave it out")
+    parser.add_argument("--hide", type=float, nargs="*", default=[0.25, 0.5, 0.75], help="shares of held-out texts to hide and "
+                        "fill, of a run with --condition-prob")
     parser.add_argument("--num-samples", type=int, default=1000, help="texts judged for each number of steps")
     parser.add_argument("--seeds", type=int, default=1, help="sets of texts, for mean and standard deviation")
     parser.add_argument("--seed", type=int, default=0, help="the first of their seeds")
@@ -242,6 +272,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name in ("num_samples", "seeds", "steps"):
         if np.min(value := getattr(args, name)) < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
+    if not all(0 <= share <= 1 for share in args.hide):
+        raise UserError(f"--hide {args.hide}: must be from 0 to 1")
     for name in ("churn", "threads"):
         if not getattr(args, name) >= 0:
             raise UserError(f"--{name} {getattr(args, name)}: must be 0 or more")
@@ -312,7 +344,7 @@ def find(folder: Path, judge: str, device: torch.device) -> tuple[dict[str, flm.
 
 def context_free_loss(model: flm.Transformer, corpus: data.Corpus, rows: int) -> float:
     """The flow loss of Bayes' rule alone: a posterior network without blocks whose output is zero."""
-    bayes = flm.Transformer(replace(model.config, parameterization="posterior", depth=0), model.V, corpus.log_p)
+    bayes = flm.Transformer(replace(model.config, parameterization="posterior", depth=0, condition_prob=0.0), model.V, corpus.log_p)
     torch.nn.init.zeros_(bayes.head.weight)
     return mean(flm.held_out_loss(bayes.to(model.device), flm.flow_loss, corpus, rows))
 
@@ -387,6 +419,24 @@ def main(argv: list[str]) -> None:
                 result |= {f"{name}_std": stdev(run[name] for run in runs) for name in ("perplexity", "entropy")}
             report["samples"].append(dict(model=label, steps=steps, trained_steps=models[kind].step) | result)
             print(line(f"{label} {steps}", result), flush=True)
+    if flow.mark is not None and args.hide:
+        given, clean = heldout[:n], (lambda row: until_end(row, end, frame)) if padded else (lambda row: row)
+        truth = math.log(judge([clean(row) for row in given.tolist()]))
+        report["infilling"] = []
+        print(f"\n{len(given)} held-out texts, whose own judge's nats a token are {truth:.3f}, with a share hidden: tokens right, "
+              f"texts right, nats a token\n{'':12}" + "".join(f"{share:>28.0%}" for share in args.hide))
+        for label, fill in fillers(models, sorted({min(args.steps), max(args.steps)}), texts[0], end).items():
+            cells = []
+            for share in args.hide:
+                hidden = hide(given, share, end, padded, frame, args.seed)
+                rows = fill(hidden, args.seed)
+                right = rows == given
+                result = dict(model=label, hidden=share, tokens=right[hidden < 0].float().mean().item(),
+                              texts=right.all(1).float().mean().item(),
+                              nats=math.log(judge([clean(row) for row in rows.tolist()])))
+                report["infilling"].append(result)
+                cells.append(f"{result['tokens']:12.3f}{result['texts']:8.3f}{result['nats']:8.3f}")
+            print(f"{label:12}" + "".join(cells), flush=True)
     try:
         (folder / "quality.json").write_text(json.dumps(report, indent=1))
         plot(report, folder / "quality.png")

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import data
+import prompts
 import sources
 from parallel import distribute, gradients, like, load_optimizer, reshard, to_save, unshard, whole
 from run import (Log, clear, first_does, first_line, guard, lasting, open_folder, parse, program, rank,
@@ -122,6 +123,26 @@ class Rows:
         tau = [(row + mix(self.seed, self.step, row, 1) / 2**32) / self.total for row in self.index]  # [FLM] stratified:
         return send(torch.tensor(tau), device), white  # one draw in each of `total` equal strata
 
+    def known(self, tokens: Tensor, prob: float, end: int | None) -> Tensor:
+        """[FLM] What a row is told of its text in training, with probability `prob`: tokens (B, L) where known, -1 elsewhere.
+
+        A prefix, all but a span, or tokens here and there: a third each, of random size, never the whole. Of padded rows,
+        `end` being their end token, a prefix does not reach it and the other two know the padding: how long the text is.
+        """
+        L, generator = tokens.shape[1], torch.Generator()
+        u = torch.stack([torch.rand(L + 4, generator=generator.manual_seed(mix(self.seed, self.step, row, 2)))
+                         for row in self.index])
+        u = send(u, tokens.device)
+        told, kind, a, b = u[:, :4, None].unbind(1)  # (B, 1)
+        place = torch.arange(L, device=tokens.device)
+        length = L if end is None else ((tokens == end).cumsum(1) == 0).sum(1, keepdim=True) + 1
+        prefix = place < a * (length - 1)
+        outside = (place < (torch.minimum(a, b) * length).floor()) | (place > (torch.maximum(a, b) * length).floor())
+        each = torch.where(place < length, u[:, 4:], -1.0)  # so padding is below every bound
+        scattered = each < torch.minimum(a, each.amax(1, keepdim=True))
+        chosen = torch.where(kind < 1 / 3, prefix, torch.where(kind < 2 / 3, outside, scattered))
+        return torch.where(chosen & (told < prob), tokens, -1)
+
     def fresh(self, step: int) -> "Rows":
         """The same rows with other randomness: that of a sampler's step."""
         return replace(self, seed=mix(self.seed, 3, step))
@@ -154,7 +175,7 @@ def flow_loss(model: nn.Module, tokens: Tensor, rows: Rows) -> tuple[Tensor, Ten
     tau, white = rows.draw(tokens.shape[1], model.noise_dims, tokens.device)
     t = model.clock.t(tau)[:, None, None]
     state = model.noise(white).lerp_(model.clean(tokens), t)  # x_t = (1 - t) x0 + t x1, in the place of x0
-    return model(state, tau, targets=tokens).mean(1), tau
+    return model(state, tau, known=model.told(tokens, rows), targets=tokens).mean(1), tau
 
 
 def euler(denoiser: Callable[[Tensor, Tensor, Tensor], Tensor], state: Tensor, clock: Clock, steps: int,
@@ -192,18 +213,18 @@ def euler(denoiser: Callable[[Tensor, Tensor, Tensor], Tensor], state: Tensor, c
     return (probs, seen) if path else probs
 
 
-def sample(model: nn.Module, n: int, steps: int, seed: int, churn: float = 0.0) -> Tensor:
-    """Writes n texts in `steps` network evaluations: tokens (n, L). Text i is a pure function of (seed, i, steps, churn).
+def sample(model: nn.Module, n: int, steps: int, seed: int, churn: float = 0.0, known: Tensor | None = None) -> Tensor:
+    """Writes n texts in `steps` network evaluations: tokens (n, L). Text i is a pure function of (seed, i, steps, churn) and of
+    what is known of it: tokens (L,) or (n, L), -1 where there is none.
 
     With churn > 0 steps take fresh noise and forget errors of earlier ones.
     """
-    def denoiser(state: Tensor, tau_s: Tensor, tau_t: Tensor) -> Tensor:
-        return model(state, tau_s).softmax(-1)
-
-    def solve(rows: Rows) -> Tensor:
+    def solve(rows: Rows, known: Tensor | None) -> Tensor:
+        def denoiser(state: Tensor, tau_s: Tensor, tau_t: Tensor) -> Tensor:
+            return model(state, tau_s, known=known).softmax(-1)
         return euler(denoiser, start(model, rows), model.clock, steps, model.clean, diffusion(churn) if churn else None,
                      lambda step: start(model, rows.fresh(step))).argmax(-1)
-    return write(model, n, seed, solve)
+    return write(model, n, seed, solve, known)
 
 
 def diffusion(churn: float) -> Callable[[Tensor, Tensor], Tensor]:
@@ -218,11 +239,16 @@ def start(model: nn.Module, rows: Rows) -> Tensor:
 
 
 @torch.no_grad()
-def write(model: nn.Module, n: int, seed: int, solve: Callable[[Rows], Tensor]) -> Tensor:
-    """n texts (n, L) from solve(rows) -> tokens (B, L), as many at once as memory allows."""
-    batch = rows_at_once(model)
-    return torch.cat([solve(Rows(seed, -1, range(i, min(i + batch, n)), n)).cpu()  # step -1: no training step's noise
-                      for i in range(0, n, batch)])
+def write(model: nn.Module, n: int, seed: int, solve: Callable[[Rows, Tensor | None], Tensor],
+          known: Tensor | None = None) -> Tensor:
+    """n texts (n, L) from solve(rows, known (B, L) or None) -> tokens (B, L), as many at once as memory allows."""
+    batch, texts = rows_at_once(model), []
+    if known is not None:
+        known = known.expand(n, -1).to(model.device)
+    for i in range(0, n, batch):
+        rows = Rows(seed, -1, range(i, min(i + batch, n)), n)  # step -1: no training step's noise
+        texts.append(solve(rows, None if known is None else known[i : i + batch]).cpu())
+    return torch.cat(texts)
 
 
 def rows_at_once(model: nn.Module) -> int:
@@ -351,6 +377,8 @@ class Transformer(nn.Module):
         blank = kind in ("ar", "mdlm") or not (self.linear or learned)
         self.blank = nn.Parameter(torch.zeros(D)) if blank else None
         self.gain = None if self.linear else nn.Parameter(torch.zeros(config.cond_width))  # of a map on its noise
+        told = config.condition_prob > 0 and kind not in ("ar", "mdlm")
+        self.mark = nn.Parameter(torch.zeros(D)) if told else None  # of known tokens
         angles = torch.arange(config.seq_len)[:, None, None, None] * 10000 ** -(
             torch.arange(0, D // config.heads, 2) / (D // config.heads))
         self.register_buffer("cos", angles.cos(), persistent=False)
@@ -414,6 +442,12 @@ class Transformer(nn.Module):
         zeros = torch.zeros(*tokens_or_probs.shape, self.V, dtype=self.embedding.dtype, device=self.device)
         return zeros.scatter_(-1, tokens_or_probs[..., None], 1.0)
 
+    def told(self, tokens: Tensor, rows: Rows) -> Tensor | None:
+        """What the rows of a training batch (B, L) are told of their texts, or None."""
+        if self.mark is None or not self.training:
+            return None
+        return rows.known(tokens, self.config.condition_prob, None if self.config.packing else self.tokenizer.end)
+
     def bayes_weight(self, tau_s: Tensor, tau_t: Tensor | None = None) -> Tensor:
         """[FLM] c (B, 1, 1): Bayes' rule for each token without its context is log p + c x_s, up to a constant.
 
@@ -424,11 +458,14 @@ class Transformer(nn.Module):
         m = s if tau_t is None else self.clock.t((tau_s + tau_t) / 2)[:, None, None]
         return m / ((1 - m).clamp(min=0.02) * (1 - s).clamp(min=0.02))
 
-    def forward(self, state: Tensor, tau_s: Tensor, tau_t: Tensor | None = None, targets: Tensor | None = None,
-                past: list[list[Tensor]] | None = None) -> Tensor:
+    def forward(self, state: Tensor, tau_s: Tensor, tau_t: Tensor | None = None, known: Tensor | None = None,
+                targets: Tensor | None = None, past: list[list[Tensor]] | None = None) -> Tensor:
         """Logits (B, L, V) in float32 from state (B, L, D or V) and tau_s (B,), or with targets (B, L) or (B, L, V)
         their cross-entropy (B, L). With tau_t (B,) those of a flow map's mean denoiser from s to t, without it the flow's
         denoiser at s. past: for ar, what each block keeps of the positions before these.
+
+        known (B, L) are given tokens, -1 where there is none: a network with a `mark` for them reads them, whatever the state
+        is there; one without sees the state. Either gives them for certain, so that a sampler's state goes straight to them.
 
         With targets, what is V-dimensional but the state is held for `config.loss_chunk` positions at a time."""
         chunk = self.config.loss_chunk if targets is not None else 0
@@ -440,6 +477,8 @@ class Transformer(nn.Module):
                 weight = read + ((tau_t - tau_s) * (cond @ self.gain))[:, None, None]
         with torch.autocast(state.device.type, torch.bfloat16, enabled=bool(self.config.bf16)):
             x = state if self.linear else in_chunks(self.mean_embedding, chunk, state, read)  # [FLM]
+            if known is not None and self.mark is not None:  # [FLM]
+                x = torch.where((known < 0)[..., None], x, F.embedding(known.clamp(min=0), self.embedding) + self.mark)
             if not self.linear and self.blank is not None:
                 x = x + self.blank
             before = past[0][0].shape[-2] if past and past[0] else 0
@@ -453,8 +492,10 @@ class Transformer(nn.Module):
             x = torch.addcmul(shift, self.norm(x), 1 + scale)
         state = None if self.linear else state
         if targets is None:
-            return self.logits(x, state, weight)
-        return in_chunks(self.cross_entropy, chunk, x, state, weight, targets)
+            z = self.logits(x, state, weight)
+            return z if known is None else self.insist(z, known)
+        nats = in_chunks(self.cross_entropy, chunk, x, state, weight, targets)
+        return nats if known is None else nats * (known < 0)
 
     def mean_embedding(self, state: Tensor, weight: Tensor) -> Tensor:
         """What Bayes' rule expects each token's embedding to be: (..., D)."""
@@ -472,6 +513,11 @@ class Transformer(nn.Module):
         if state is None:
             return z
         return torch.addcmul(z + self.log_p, weight, state)  # [FLM] no cap on Bayes' part, which reaches thousands
+
+    def insist(self, z: Tensor, known: Tensor) -> Tensor:
+        """Logits (B, L, V) of certainty where tokens are known."""
+        sure = torch.full_like(z, -math.inf).scatter_(-1, known.clamp(min=0)[..., None], 0.0)
+        return torch.where((known < 0)[..., None], z, sure)
 
     def cross_entropy(self, x: Tensor, state: Tensor | None, weight: Tensor | None, targets: Tensor) -> Tensor:
         """x (..., D), state (..., V) and its weight or None, targets (...) or (..., V) -> nats (...)."""
@@ -519,6 +565,8 @@ class Network:
     heads: int = setting(12, "attention heads", 1)
     cond_width: int = setting(128, "width of the time embedding", 1)
     dropout: float = setting(0.1, "on the residual branches", 0, 1)
+    condition_prob: float = setting(0.0, "share of training rows that are told some of their tokens, for --prompt and --infill", 0,
+                                    1)
     time_scale: float = setting(1.0, "factor on tau before its sinusoids", 0)
     position_embedding: bool | None = setting(None, "learned positions, zero at first, beside the rotary ones, which do not "
                                               "tell where a row begins; left out: where rows are padded")
@@ -564,6 +612,9 @@ class Config(Network):
     sample_steps: int = setting(64, "network evaluations for a text", 1)
     churn: float = setting(0.0, "fresh noise in the steps of --sample: 0, the flow itself; 1, as ancestral sampling", 0)
     num_samples: int = setting(16, "texts to write", 1)
+    prompt: str = setting("", "how the texts of --sample begin")
+    infill: str = setting("", "a text with gaps for --sample to fill, con____ion or, of word pieces, the [MASK:2] of")
+    mask_char: str = setting("_", "character that stands for an unknown one in --infill")
     out: str = setting("", "file for the samples; left out: standard output")
 
 
@@ -880,8 +931,15 @@ def show(name: str, model: Transformer, tokens: Tensor) -> None:
 
 def write_samples(config: Config, kind: str, sample: Callable) -> None:
     """--sample: texts of the run's K.pt, one a line, to --out or standard output."""
-    model = load(Path(config.run_dir) / f"{kind}.pt", setup(config.device, config.threads))
-    lines = to_lines(model, sample(model, config.num_samples, config.sample_steps, config.seed))
+    model, known, shown = load(Path(config.run_dir) / f"{kind}.pt", setup(config.device, config.threads)), None, None
+    if config.prompt or config.infill:
+        known, shown = prompts.parse(model.tokenizer, model.config.seq_len, model.config.packing, config.prompt, config.infill,
+                                     config.mask_char)
+        if model.mark is None and kind in ("flm", "fmlm"):
+            say(f"{config.run_dir}: was trained without --condition-prob, so known tokens are put on their noisy line at each "
+                "step, which is the weaker way")
+    tokens = sample(model, config.num_samples, config.sample_steps, config.seed, known=known)
+    lines = to_lines(model, tokens[:, :shown])
     try:
         with open(config.out, "w", encoding="utf-8") if config.out else contextlib.nullcontext(sys.stdout) as file:
             file.write("".join(line + "\n" for line in lines))

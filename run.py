@@ -27,7 +27,7 @@ from sources import UserError
 # Flags that may differ from those a run was begun with, and are not kept with it: they decide no weight (but for rounding,
 # which follows device and threads).
 FREE = {"run_dir", "data_url", "device", "threads", "shard", "resume", "overwrite", "stop_after", "sample", "sample_steps",
-        "num_samples", "churn", "renoise", "out"}
+        "num_samples", "churn", "renoise", "prompt", "infill", "mask_char", "out"}
 
 
 # -------------------------------------------------------------------------------------------------------------- flags
@@ -66,6 +66,8 @@ def validate(settings: dict, Config: type) -> None:
         value, least, most, choices = settings[f.name], f.metadata["least"], f.metadata["most"], f.metadata["choices"]
         if not isinstance(value, f.type | int if f.type is float else f.type) or choices and value not in choices:
             raise UserError(f"{flag(f.name)} {value}: must be {' or '.join(choices) if choices else f.type.__name__}")
+        if f.name in ("prompt", "infill") and value and not settings["sample"]:
+            raise UserError(f"{flag(f.name)} {value}: is for --sample")
         if least is not None and not (least <= value <= most and math.isfinite(value)):
             raise UserError(f"{flag(f.name)} {value}: must be {least} or more" + f", {most} or less" * (most < math.inf))
 

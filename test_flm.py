@@ -30,6 +30,7 @@ import distill
 import evaluate
 import flm
 import join
+import prompts
 import sources
 from run import read_checkpoint, write_checkpoint
 from sources import UserError
@@ -393,7 +394,10 @@ class ExactFlow(torch.nn.Module):
             d = torch.where(t - s < 1e-9, d, (1 + moved) / 2)
         return torch.stack([1 - d, d], -1).clamp(min=1e-30)
 
-    def forward(self, state, tau_s, tau_t=None, targets=None):
+    def told(self, tokens, rows):
+        return None
+
+    def forward(self, state, tau_s, tau_t=None, known=None, targets=None):
         logits = self.exact(state, tau_s, tau_t).log().float()
         if torch.is_grad_enabled():  # a target is not trained
             logits = logits + self.theta
@@ -427,7 +431,7 @@ class ExactCorrection(ExactFlow):
         super().__init__(kind, rows=rows)
         self.log_weight = torch.nn.Parameter(torch.zeros(10))
 
-    def forward(self, state, tau_s, tau_t):
+    def forward(self, state, tau_s, tau_t, known=None):
         s, t = (self.clock.t(tau).double()[:, None, None] for tau in (tau_s, tau_t))
         g = 2 * (self.exact(state, tau_s, tau_t) - self.exact(state, tau_s)) / ((1 - s) * (t - s))
         return g.float() + (self.theta if torch.is_grad_enabled() else 0)
@@ -441,7 +445,7 @@ def test_the_true_map_leaves_both_stages_without_a_gradient(kind):
     assert gradient_at(distill.correction_loss(teacher), right).abs().max() < 1e-5
     assert gradient_at(distill.regression_loss(ExactCorrection(kind), teacher), ExactFlow(kind, rows=512)).abs().max() < 1e-5
     wrong = ExactCorrection(kind, rows=512)
-    wrong.forward = lambda state, tau_s, tau_t: torch.zeros(1) + (wrong.theta if torch.is_grad_enabled() else 0)
+    wrong.forward = lambda state, tau_s, tau_t, known=None: torch.zeros(1) + (wrong.theta if torch.is_grad_enabled() else 0)
     coarse = gradient_at(distill.regression_loss(right, teacher), ExactFlow(kind, rows=512, coarse=True))
     for gradient in (gradient_at(distill.correction_loss(teacher), wrong), coarse):
         assert (gradient.abs().amax((1, 2)) > 1e-3).sum() > 100
@@ -533,7 +537,7 @@ def test_one_step_of_a_trained_map_does_not_mix_two_phrases():
     model = flm.Transformer(config, 4, torch.full((4,), 0.25).log()).requires_grad_(True)
     model.embedding.requires_grad_(False)
     exact, back = two_phrases(model.clock), torch.linalg.pinv(model.embedding)
-    loss = distill.map_loss("semigroup", lambda state, tau: exact(state @ back, tau).clamp(min=1e-30).log())
+    loss = distill.map_loss("semigroup", lambda state, tau, known: exact(state @ back, tau).clamp(min=1e-30).log())
     optimizers = flm.make_optimizers(model, config)
     for step in range(config.max_steps):
         tokens = torch.tensor([[0, 1], [2, 3]])[torch.randint(2, (256,))]
@@ -1586,3 +1590,191 @@ def test_importing_flm_needs_no_more_than_torch_and_numpy():
     code = "import sys, torch, numpy; a = set(sys.modules); import flm; print(*sorted(m for m in set(sys.modules) - a))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, check=True).stdout.split()
     assert not {"tqdm", "matplotlib", "tiktoken", "tokenizers"} & {name.split(".")[0] for name in found}
+
+
+# ------------------------------------------------------------------------------------------------- prompts and infilling
+
+PAIRS = torch.tensor([[0.25, 0.05, 0.10], [0.02, 0.20, 0.03], [0.15, 0.10, 0.10]])  # p(first token, second token)
+
+
+class PairFlow(torch.nn.Module):
+    """The exact denoiser of two tokens with frequencies PAIRS, by Bayes' rule for the pair: what is known is certain. Asked with
+    two times, its flow map, by 64 Euler steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.clock, self.V, self.noise_dims, self.linear = flm.Clock(3), 3, 3, False
+        self.config, self.device, self.mark = settings("--seq-len 2 --no-bf16"), torch.device("cpu"), None
+
+    def noise(self, white):
+        return white
+
+    def clean(self, x):
+        return x if x.is_floating_point() else F.one_hot(x, 3).float()
+
+    def denoiser(self, state, t, known):
+        evidence = t / (1 - t).clamp(min=1e-3) ** 2 * state
+        if known is not None:
+            sure = torch.zeros_like(evidence).scatter_(-1, known.clamp(min=0)[..., None], 1).log()
+            evidence = torch.where((known < 0)[..., None], evidence, sure)
+        joint = PAIRS.log() + evidence[:, 0, :, None] + evidence[:, 1, None, :]
+        joint = joint.flatten(1).softmax(-1).view(-1, 3, 3)
+        return torch.stack([joint.sum(2), joint.sum(1)], 1)
+
+    def forward(self, state, tau_s, tau_t=None, known=None):
+        times = torch.stack([tau_s, tau_s if tau_t is None else tau_t])
+        path = self.clock.t(torch.lerp(times[0], times[1], torch.linspace(0, 1, 65)[:, None]))[..., None, None]
+        if tau_t is None:
+            return self.denoiser(state, path[0], known).log()
+        x = state
+        for t, t_next in zip(path, path[1:]):
+            x = x + (t_next - t) / (1 - t) * (self.denoiser(x, t, known) - x)
+        s, t = path[0], path[-1]
+        return (((1 - s) * x - (1 - t) * state) / (t - s)).clamp(min=0).log()
+
+
+@pytest.mark.parametrize("sampler, steps", [(flm.sample, 64), (distill.sample, 1), (distill.sample, 2)])
+@pytest.mark.parametrize("known", [[1, -1], [-1, 2], [-1, -1]])
+def test_with_the_exact_denoiser_what_is_written_has_the_exact_frequencies_given_what_is_known(sampler, steps, known):
+    """20 000 texts: a binomial's standard error is at most .0035; 4 of them, and .005 for 64 Euler steps (truth 2)."""
+    rows = sampler(PairFlow(), 20_000, steps, 0, known=torch.tensor(known))
+    found = torch.zeros(3, 3).index_put_((rows[:, 0], rows[:, 1]), torch.ones(20_000) / 20_000, accumulate=True)
+    expected = PAIRS.clone()
+    for place, token in enumerate(known):
+        if token >= 0:
+            expected *= F.one_hot(torch.tensor(token), 3).view([3, 1] if place == 0 else [1, 3])
+    expected /= expected.sum()
+    assert (found - expected).abs().max() < 4 * 0.0035 + 0.005
+    assert (found[expected == 0] == 0).all()
+
+
+def told(flags: str = "") -> tuple[flm.Transformer, torch.Tensor, flm.Rows]:
+    """A network that learns prompts, padded texts and their rows."""
+    model = network(11, f"--width 16 --seq-len 6 --no-packing --dropout 0 --condition-prob 0.5 {flags}").train()
+    model.tokenizer = data.Tokenizer({"kind": "chars", "chars": "abcdefghij"})
+    lengths = torch.randint(1, 6, (64, 1))
+    return model, torch.where(torch.arange(6) < lengths, torch.randint(1, 11, (64, 6)), 0), flm.Rows(3, 5, range(64), 64)
+
+
+@pytest.mark.parametrize("kind", ["linear", "posterior"])
+def test_without_prompts_the_model_and_its_loss_are_the_papers_to_the_bit(kind):
+    """A network that learns prompts has one vector more, and rows that are told nothing have the loss they had without."""
+    models = []
+    for flags in ("", "--condition-prob 0.5"):
+        torch.manual_seed(0)
+        config = settings("--no-bf16 --depth 2 --heads 2 --cond-width 8 --width 16 --seq-len 6 --dropout 0 --no-packing "
+                          f"--parameterization {kind} {flags}")
+        models.append(flm.Transformer(config, 11, torch.full((11,), -math.log(11))))
+    plain, prompted = models
+    assert set(prompted.state_dict()) - set(plain.state_dict()) == {"mark"} and plain.mark is None
+    assert all(torch.equal(p, prompted.state_dict()[name]) for name, p in plain.state_dict().items())
+    model, tokens, rows = told(f"--parameterization {kind}")
+    state = {name: p for name, p in model.state_dict().items() if name != "mark"}
+    plain.load_state_dict(state)
+    known = model.told(tokens, rows)
+    before, after = flm.flow_loss(plain.train(), tokens, rows)[0], flm.flow_loss(model, tokens, rows)[0]
+    free = (known < 0).all(1)
+    assert 16 < free.sum() < 48 and torch.equal(before[free], after[free]) and not torch.equal(before, after)
+    assert torch.equal(flm.flow_loss(model.eval(), tokens, rows)[0], before)  # nothing is told where it is evaluated
+
+
+@pytest.mark.parametrize("kind", ["linear", "posterior"])
+def test_known_tokens_are_read_whatever_their_state_and_cost_nothing(kind):
+    model, tokens, rows = told(f"--parameterization {kind}")
+    known = model.told(tokens, rows)
+    state, tau = model.noise(torch.randn(64, 6, model.noise_dims)), torch.rand(64)
+    other = torch.where((known < 0)[..., None], state, 3 * state + 1)
+    assert torch.equal(model(state, tau, known=known), model(other, tau, known=known))
+    assert not torch.allclose(model(state, tau), model(other, tau))
+    nll = model(state, tau, known=known, targets=tokens)
+    assert not nll[known >= 0].any() and (nll[known < 0] > 0).all()
+    probs = model(state, tau, tau, known).softmax(-1)
+    assert torch.equal(probs[known >= 0], F.one_hot(tokens, 11).float()[known >= 0])
+    for objective in (*distill.TARGETS, "two-stage"):
+        map_loss = distill.correction_loss(model) if objective == "two-stage" else distill.map_loss(objective, model)
+        student = model
+        if objective == "two-stage":
+            student = distill.Correction(model.config, 11, model.log_p).train()
+            student.tokenizer = model.tokenizer
+        loss = map_loss(student, tokens, rows)[0]
+        assert loss.isfinite().all(), objective
+        loss.sum().backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in student.parameters())
+
+
+def test_a_row_is_told_a_prefix_all_but_a_span_or_tokens_here_and_there():
+    """3000 rows of 9 letters, the end and 2 places of padding, told with probability .6: two kinds of three know the padding
+    (binomial standard error .009; 4 of them), and of prefixes, 1 to 9 letters, even, the mean is 5 and the deviation 2.6."""
+    tokens = torch.tensor([1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 0, 0]).repeat(3000, 1)
+    known = flm.Rows(0, 0, range(3000), 3000).known(tokens, 0.6, 0) >= 0
+    padding = known[:, 10:].all(1)
+    assert torch.equal(padding, known[:, 10:].any(1))  # all of it or nothing
+    assert abs(padding.float().mean() - 0.6 * 2 / 3) < 4 * 0.009  # the two kinds that know how long the text is
+    prefix = known[~padding]
+    assert not prefix[:, 9].any() and (prefix.int().diff(dim=1) <= 0).all()  # from the left, never the end
+    lengths = prefix.sum(1)[prefix.any(1)]
+    assert lengths.max() == 9 and lengths.min() == 1 and abs(lengths.float().mean() - 5) < 4 * 2.6 / len(lengths) ** 0.5
+    gaps = (known[padding].int().diff(dim=1, prepend=torch.ones(int(padding.sum()), 1, dtype=torch.int)) == -1).sum(1)
+    assert (gaps == 1).float().mean() > 0.5 and (gaps > 1).float().mean() > 0.2
+    part = flm.Rows(0, 0, range(70, 90), 3000).known(tokens[:20], 0.6, 0) >= 0
+    assert torch.equal(part, known[70:90])  # a pure function of the row
+    packed = flm.Rows(0, 0, range(3000), 3000).known(tokens, 0.6, None) >= 0
+    assert not known.all(1).any() and not packed.all(1).any() and packed.any(0).all()  # something is always left to write
+
+
+def test_a_network_without_prompts_puts_known_tokens_on_their_noisy_line():
+    """Replacement: the state of a known token is (1 - t) x0 + t x1 at every step, to float32 rounding, with its own noise x0."""
+    model = network(11, "--width 16 --seq-len 5 --parameterization posterior").eval()
+    known, seen = torch.tensor([3, -1, -1, 7, -1]), []
+    model.register_forward_hook(lambda module, inputs, logits: seen.append(inputs[:2]))
+    rows = flm.sample(model, 6, 8, 0, known=known)
+    assert (rows[:, known >= 0] == known[known >= 0]).all() and len(seen) == 8
+    line = known >= 0
+    for state, tau in seen:
+        t = model.clock.t(tau)[:, None, None]
+        expected = torch.lerp(seen[0][0], F.one_hot(known.clamp(min=0), 11).float(), t)
+        assert torch.allclose(state[:, line], expected[:, line], atol=1e-5)
+        assert tau[0] == 0 or not torch.allclose(state[:, ~line], expected[:, ~line], atol=1e-2)
+
+
+def test_prompts_and_gaps_come_out_as_they_went_in(folder, capsys):
+    flm.main(shlex.split(f"--max-steps 3 {TINY} --condition-prob 0.5 --run-dir a"))
+    distill.main(shlex.split("--run-dir a --max-steps 2 --no-bf16"))
+    for kind in ("mdlm", "ar"):
+        baselines.main(shlex.split(f"--model {kind} --run-dir a --max-steps 2 --no-bf16"))
+    flm.main(shlex.split(f"--max-steps 3 {TINY} --run-dir b"))
+    for program in (flm, distill, baselines):
+        capsys.readouterr()
+        program.main(shlex.split("--sample --run-dir a --num-samples 5 --sample-steps 2 --prompt un"))
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 5 and all(line.startswith("un") for line in lines)
+        program.main(shlex.split("--sample --run-dir a --num-samples 5 --sample-steps 2 --infill con??ion --mask-char ?"))
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 5 and all(re.match("con(..|.?$)", line) for line in lines)
+    baselines.main(shlex.split("--sample --model ar --run-dir a --num-samples 5 --prompt un"))
+    assert all(line.startswith("un") for line in capsys.readouterr().out.splitlines())
+    flm.main(shlex.split("--sample --run-dir b --num-samples 5 --prompt un"))
+    out, err = capsys.readouterr()
+    assert all(line.startswith("un") for line in out.splitlines()) and "weaker way" in err
+    for flags, message in [
+            ("--prompt " + "a" * 17, "is 17 tokens long and the model's rows have 16"), ("--prompt ü", "not in the vocabulary"),
+            ("--prompt " + "a" * 16, "none is unknown"), ("--infill abc", "no position in it is unknown; put one _"),
+            ("--infill a_ --prompt b", "goes without --prompt"), ("--infill a_ --mask-char ab", "must be one character"),
+            ("--prompt 'a\udce9'", "not UTF-8")]:
+        with pytest.raises(UserError, match=re.escape(message)):
+            flm.main([*shlex.split("--sample --run-dir a"), *shlex.split(flags)])
+    with pytest.raises(UserError, match="--prompt un: is for --sample"):
+        flm.main(["--prompt", "un"])
+
+
+def test_gaps_in_word_pieces_are_counted_in_tokens(folder):
+    Path("t.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 40)
+    corpus = data.prepare("t.txt", "bpe", 8, True, 0, 4, vocab_size=270)
+    tokenizer = corpus.tokenizer
+    known, shown = prompts.parse(tokenizer, 12, True, "", "the [MASK:2] fox [MASK]", "_")
+    the, fox = tokenizer.encode(["the", " fox"])
+    assert known.tolist() == [*the, -1, -1, *fox, -1] + [-1] * (12 - shown) and shown == len(the) + len(fox) + 3
+    known, shown = prompts.parse(tokenizer, 12, True, "the ", "", "_")
+    assert known.tolist() == the + [-1] * (12 - len(the)) and shown == 12
+    with pytest.raises(UserError, match="is 1000000 tokens|is 1000001 tokens"):
+        prompts.parse(tokenizer, 12, True, "", "[MASK:999999999]", "_")
