@@ -119,7 +119,8 @@ class Config(flm.Config):
     parameterization: str = setting("linear", "")  # both read embeddings
     run_dir: str = setting("runs/words", "folder of a run of flm.py")
     sample_steps: int = setting(64, "network evaluations for a text of mdlm", 1)
-    churn: float = setting(0.0, "")  # for flows
+    churn: float = setting(0.0, "")  # for flows, as the next
+    guidance: float = setting(0.0, "")
 
 
 def command_line(argv: list[str]) -> tuple[dict, set[str]]:

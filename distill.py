@@ -267,7 +267,8 @@ class Config(flm.Config):
     teacher: str = setting("", "flow that teaches, a checkpoint or its folder; left out: the run's; none: the text teaches "
                                "a new network of its shape")
     renoise: float = setting(0.0, "share of fresh noise between the steps of --sample: 0, the plain map, to 1, all", 0, 1)
-    churn: float = setting(0.0, "")  # for flows
+    churn: float = setting(0.0, "")  # for flows, as the next
+    guidance: float = setting(0.0, "")
     beta2: float = setting(0.95, "AdamW's second beta", 0, 1)
     dropout: float = setting(0.0, "on the residual branches", 0, 1)
     taught: int = setting(0, "")  # fingerprint of the teacher

@@ -261,6 +261,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--judge", default="ngram", help="ngram, ar, or a causal language model of Hugging Face")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16, 64], help="network evaluations for a text")
     parser.add_argument("--churn", type=float, default=1.0, help="fresh noise in the steps of flm+noise; 0: leave it out")
+    parser.add_argument("--guidance", type=float, nargs="*", default=[], help="also the flow with these, in the most steps; "
+                        "guidance.png")
     parser.add_argument("--hide", type=float, nargs="*", default=[0.25, 0.5, 0.75], help="shares of held-out texts to hide and "
                         "fill, of a run with --condition-prob")
     parser.add_argument("--num-samples", type=int, default=1000, help="texts judged for each number of steps")
@@ -274,9 +276,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
     if not all(0 <= share <= 1 for share in args.hide):
         raise UserError(f"--hide {args.hide}: must be from 0 to 1")
-    for name in ("churn", "threads"):
-        if not getattr(args, name) >= 0:
-            raise UserError(f"--{name} {getattr(args, name)}: must be 0 or more")
+    for name in ("churn", "threads", "guidance"):
+        if not np.all(np.array(value := getattr(args, name)) >= 0):
+            raise UserError(f"--{name} {value}: must be 0 or more")
     return args
 
 
@@ -299,7 +301,7 @@ def plot(report: dict, path: Path) -> None:
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for place, kind in enumerate(dict.fromkeys(result["model"] for result in report["samples"])):
+    for place, kind in enumerate(dict.fromkeys(r["model"] for r in report["samples"] if "=" not in r["model"])):
         points = [result for result in report["samples"] if result["model"] == kind]
         x, y = ([result[name] for result in points] for name in ("steps", "perplexity"))
         color = f"C{place}"
@@ -316,6 +318,26 @@ def plot(report: dict, path: Path) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(ScalarFormatter())
         axis.set_minor_formatter(NullFormatter())
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def plot_guidance(report: dict, weights: Sequence[float], path: Path) -> None:
+    """Perplexity against entropy of the flow under guidance, and of the other models in as many steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.subplots()
+    most = max(result["steps"] for result in report["samples"] if result["model"] == "flm")
+    found = {result["model"]: result for result in report["samples"] if result["steps"] == most}
+    curve = [(0.0, found["flm"]), *((w, found[f"flm w={w:g}"]) for w in sorted(weights))]
+    axes.plot([r["entropy"] for _, r in curve], [r["perplexity"] for _, r in curve], marker="o", label="flm, guided")
+    for w, result in curve:
+        axes.annotate(f"{w:g}", (result["entropy"], result["perplexity"]), xytext=(5, 5), textcoords="offset points", fontsize=8)
+    others = {name: result for name, result in found.items() if name in ("fmlm", "mdlm")} | {"held out": report["heldout_text"]}
+    for name, result in others.items():
+        axes.plot(result["entropy"], result["perplexity"], "s", label=name)
+    axes.set(xlabel="entropy, nats", ylabel=f"perplexity ({report['judge']})", title=f"{report['run']}, {most} evaluations")
     axes.legend()
     figure.savefig(path, dpi=150)
 
@@ -403,9 +425,11 @@ def main(argv: list[str]) -> None:
     series = [(kind, kind, sample) for kind, sample in samplers.items() if kind in models]
     if args.churn:
         series.insert(1, ("flm+noise", "flm", partial(flm.sample, churn=args.churn)))
+    series += [(f"flm w={w:g}", "flm", partial(flm.sample, guidance=w)) for w in args.guidance]
     flows = {}
     for label, kind, sample in series:
-        for steps in sorted(set(args.steps), reverse=True) if kind != "ar" else [corpus.seq_len]:
+        several = sorted(set(args.steps), reverse=True)
+        for steps in [corpus.seq_len] if kind == "ar" else several[:1] if "=" in label else several:
             runs = []
             for seed in report["seeds"]:
                 begin = time.perf_counter()
@@ -440,6 +464,8 @@ def main(argv: list[str]) -> None:
     try:
         (folder / "quality.json").write_text(json.dumps(report, indent=1))
         plot(report, folder / "quality.png")
+        if args.guidance:
+            plot_guidance(report, args.guidance, folder / "guidance.png")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
 

@@ -27,7 +27,7 @@ from sources import UserError
 # Flags that may differ from those a run was begun with, and are not kept with it: they decide no weight (but for rounding,
 # which follows device and threads).
 FREE = {"run_dir", "data_url", "device", "threads", "shard", "resume", "overwrite", "stop_after", "sample", "sample_steps",
-        "num_samples", "churn", "renoise", "prompt", "infill", "mask_char", "out"}
+        "num_samples", "churn", "guidance", "renoise", "prompt", "infill", "mask_char", "out"}
 
 
 # -------------------------------------------------------------------------------------------------------------- flags

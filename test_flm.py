@@ -1778,3 +1778,40 @@ def test_gaps_in_word_pieces_are_counted_in_tokens(folder):
     assert known.tolist() == the + [-1] * (12 - len(the)) and shown == 12
     with pytest.raises(UserError, match="is 1000000 tokens|is 1000001 tokens"):
         prompts.parse(tokenizer, 12, True, "", "[MASK:999999999]", "_")
+
+
+@pytest.mark.parametrize("width, kind", [(16, "posterior"), (16, "linear"), (6, "linear")])
+def test_bayes_rule_without_context_is_exact_in_every_state_space(width, kind):
+    """Against the densities of the states of all V = 11 tokens, in float64: of x_t, or of x_t E with E of full rank, N(t E[v],
+    (1-t)^2 E^T E), by torch's own normal law. Six dimensions, or sixteen of which eleven are used."""
+    model = network(11, f"--width {width} --heads 1 --seq-len 4 --parameterization {kind}", torch.rand(11).log_softmax(-1),
+                    torch.float64).eval()
+    tokens, tau = torch.randint(11, (5, 4)), torch.rand(5, dtype=torch.float64) * 0.9
+    t = model.clock.t(tau)[:, None, None]
+    x = (1 - t) * torch.randn(5, 4, 11, dtype=torch.float64) + t * F.one_hot(tokens, 11)
+    one_hots = torch.eye(11, dtype=torch.float64)
+    state = x if kind == "posterior" else x @ model.embedding
+    if width == 6:
+        normal = torch.distributions.MultivariateNormal
+        gram = (1 - t[..., None, None]) ** 2 * (model.embedding.T @ model.embedding)
+        density = normal(t[..., None] * model.embedding, gram).log_prob(state[:, :, None])
+    else:
+        density = -(x[:, :, None] - t[..., None] * one_hots).square().sum(-1) / (2 * (1 - t) ** 2)
+    expected = (model.log_p + density).softmax(-1)
+    assert (model.context_free(state, tau).softmax(-1) - expected).abs().max() < 1e-6  # the clock is float32
+
+
+def test_guidance_counts_what_context_adds():
+    """It changes nothing where the network adds nothing, its output being zero. In one step from the noise the text is the
+    argmax of Bayes' logits and 1 + w times what the network adds to them; known tokens stay."""
+    model = network(11, "--width 16 --seq-len 5 --parameterization posterior").eval()
+    with torch.no_grad():
+        state, tau = flm.start(model, flm.Rows(0, -1, range(6), 6)), torch.zeros(6)
+        bayes, z = model.context_free(state, tau), model(state, tau)
+    expected = (bayes + 3 * (z - bayes)).argmax(-1)
+    assert torch.equal(flm.sample(model, 6, 1, 0, guidance=2.0), expected)
+    assert not torch.equal(flm.sample(model, 6, 4, 0, guidance=2.0), flm.sample(model, 6, 4, 0))
+    known = torch.tensor([4, -1, -1, 2, -1])
+    assert (flm.sample(model, 6, 4, 0, guidance=2.0, known=known)[:, known >= 0] == known[known >= 0]).all()
+    torch.nn.init.zeros_(model.head.weight), torch.nn.init.zeros_(model.head.bias)
+    assert torch.equal(flm.sample(model, 6, 4, 0), flm.sample(model, 6, 4, 0, guidance=2.0))

@@ -47,7 +47,7 @@ def test_a_training_step_never_waits_for_the_device(kind, optimizer):
     """Tensors without values: whatever would read one on the host, as .item(), a condition or an index by mask does, raises.
     Where there is a GPU, the same step with CUDA's own check for waiting."""
     config = flm.Config(depth=2, width=32, heads=2, cond_width=8, seq_len=8, dropout=0.1, bf16=True, loss_chunk=8,
-                        parameterization=kind, optimizer=optimizer)
+                        parameterization=kind, optimizer=optimizer, condition_prob=0.5)
 
     def steps(device: str, mode) -> None:
         model = flm.Transformer(config, 40, torch.full((40,), 1 / 40).log()).to(device)
