@@ -266,6 +266,8 @@ class Config(flm.Config):
     objective: str = setting("semigroup", "what the map is trained to obey", choices=(*TARGETS, "two-stage"))
     teacher: str = setting("", "flow that teaches, a checkpoint or its folder; left out: the run's; none: the text teaches "
                                "a new network of its shape")
+    teacher_guidance: float = setting(0.0, "guidance of the teacher, as of flm.py --sample: the map writes what the guided "
+                                      "flow does", 0)
     renoise: float = setting(0.0, "share of fresh noise between the steps of --sample: 0, the plain map, to 1, all", 0, 1)
     churn: float = setting(0.0, "")  # for flows, as the next
     guidance: float = setting(0.0, "")
@@ -276,7 +278,8 @@ class Config(flm.Config):
     sample_steps: int = setting(1, "network evaluations for a text", 1)
 
 
-PRESETS = {"words": dict(max_steps=1000, lr=4e-3)}  # for 5 minutes on two slow cores
+PRESETS = {"words": dict(max_steps=1000, lr=4e-3),  # for 5 minutes on two slow cores
+           "sotu": dict(max_steps=1000, lr=4e-3)}
 
 
 def command_line(argv: list[str]) -> tuple[dict, set[str]]:
@@ -327,7 +330,7 @@ def main(argv: list[str]) -> None:
     config, training, flow, corpus = join.join(settings, given, "fmlm", Config, PRESETS)
     device = flow.device
     teacher = flow if config.teacher == "" else None if config.teacher == "none" else load_teacher(config.teacher, flow)
-    taught = fingerprint(teacher) if teacher else 0
+    source, taught = teacher, fingerprint(teacher) if teacher else 0
     if config.resume and config.taught != taught:
         raise UserError(f"{folder}: its teacher is not the one this map was begun with; --overwrite distils it anew")
     config.taught = taught
@@ -335,11 +338,14 @@ def main(argv: list[str]) -> None:
         raise UserError("--objective two-stage: corrects a teacher; leave out --teacher none")
     if config.objective == "two-stage" and config.max_steps < 2:
         raise UserError("--max-steps 1: two stages need 2")
+    if config.teacher_guidance and not teacher:
+        raise UserError(f"--teacher-guidance {config.teacher_guidance}: guides a teacher; leave out --teacher none")
     training.compile = config.compile and config.objective not in ("lagrangian", "eulerian")  # jvp runs uncompiled
     if teacher:
         teacher.to(device).config.bf16 = config.bf16
         if training.compile and device.type == "cuda":
             teacher.compile()
+        teacher = flm.guided(teacher, config.teacher_guidance)
     if rank() == 0 and not config.resume:
         clear(folder, "fmlm", "correction")
         write_settings(config, "fmlm")
@@ -366,7 +372,7 @@ def main(argv: list[str]) -> None:
     flm.train(model, loss, corpus, training, "fmlm", lambda model, n, steps, seed: sample(model, n, 1, seed))
     if not 0 < training.stop_after < training.max_steps:
         if teacher:
-            flm.show("64 steps of the flow", model, flm.sample(teacher, 8, 64, config.seed))
+            flm.show("64 steps of the flow", model, flm.sample(source, 8, 64, config.seed, guidance=config.teacher_guidance))
         for steps in (1, 2, 4):
             flm.show(f"{steps} step{'s' * (steps > 1)} of the map", model, sample(model, 8, steps, config.seed))
 

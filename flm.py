@@ -5,6 +5,7 @@
     python flm.py --dataset my.txt --run-dir runs/mine       # any UTF-8 text, one document a line
     python flm.py --dataset lm1b                             # the paper's: downloads a billion words, for a GPU
     python flm.py --sample --run-dir runs/words --sample-steps 64 --num-samples 20
+    python flm.py --sample --run-dir runs/words --infill con____ion   # or --prompt un: some of the text is given
     torchrun --standalone --nproc_per_node=8 flm.py --dataset my.txt
 
 Paper: "One-step Language Modeling via Continuous Denoising", arXiv 2602.16813. t = 0 is noise and t = 1 is data, always.
@@ -218,19 +219,28 @@ def sample(model: nn.Module, n: int, steps: int, seed: int, churn: float = 0.0, 
     """Writes n texts in `steps` network evaluations: tokens (n, L). Text i is a pure function of the settings, seed, i and of
     what is known of it: tokens (L,) or (n, L), -1 where there is none.
 
-    With churn > 0 steps take fresh noise and forget errors of earlier ones. With guidance w > 0 what context adds to Bayes'
-    rule for each token alone counts 1 + w times (Karras et al. 2024: away from a weaker model, here the exact one that sees
-    no context): texts hang together more than those the network has learned from.
+    With churn > 0 steps take fresh noise and forget errors of earlier ones. For guidance see guided.
     """
+    logits = guided(model, guidance)
+
     def solve(rows: Rows, known: Tensor | None) -> Tensor:
         def denoiser(state: Tensor, tau_s: Tensor, tau_t: Tensor) -> Tensor:
-            z = model(state, tau_s, known=known)
-            if guidance:
-                z = torch.where(z.isinf(), z, torch.lerp(model.context_free(state, tau_s), z, 1 + guidance))
-            return z.softmax(-1)
+            return logits(state, tau_s, known=known).softmax(-1)
         return euler(denoiser, start(model, rows), model.clock, steps, model.clean, diffusion(churn) if churn else None,
                      lambda step: start(model, rows.fresh(step))).argmax(-1)
     return write(model, n, seed, solve, known)
+
+
+def guided(model: nn.Module, w: float) -> Callable[..., Tensor]:
+    """The logits of a flow in which what context adds to Bayes' rule for each token alone counts 1 + w times.
+
+    Guidance away from a weaker model (Karras et al. 2024), here the exact one that sees no context: texts hang together more,
+    and vary less, than those the flow has learned from. Called as the model is, without a second time.
+    """
+    def logits(state: Tensor, tau: Tensor, known: Tensor | None = None) -> Tensor:
+        z = model(state, tau, known=known)
+        return torch.where(z.isinf(), z, torch.lerp(model.context_free(state, tau), z, 1 + w))  # what is known is certain
+    return logits if w else model
 
 
 def diffusion(churn: float) -> Callable[[Tensor, Tensor], Tensor]:
@@ -640,12 +650,14 @@ SMALL = dict(cond_width=64, dropout=0.0, time_scale=100.0, optimizer="muon", lr=
 PRESETS = {
     "words": SMALL | dict(tokenizer="chars", seq_len=16, packing=False, parameterization="posterior", depth=4, width=96,
                           heads=3, lr=6e-3, max_steps=1600, batch_size=128, eval_every=400, eval_rows=256),
-    "sotu": SMALL | dict(tokenizer="bpe", vocab_size=1024, seq_len=32, parameterization="posterior", depth=4, width=128,
-                         heads=4, lr=8e-3, max_steps=1500, batch_size=64, eval_every=500, eval_rows=128),
+    "sotu": SMALL | dict(tokenizer="bpe", vocab_size=4096, seq_len=64, depth=4, width=128, heads=4, lr=1e-2, max_steps=2000,
+                         batch_size=32, eval_every=500, eval_rows=64),
     "lm1b": {},  # the paper's network and training, which are the defaults above
     "owt": dict(tokenizer="gpt2", seq_len=1024),
 }
-PRESETS["a text file"] = PRESETS["sotu"]
+PRESETS["a text file"] = SMALL | dict(tokenizer="bpe", vocab_size=1024, seq_len=32, parameterization="posterior", depth=4,
+                                      width=128, heads=4, lr=8e-3, max_steps=1500, batch_size=64, eval_every=500,
+                                      eval_rows=128)  # a short text has no 4096 tokens
 
 
 def check(config: Config) -> None:
