@@ -87,18 +87,17 @@ def mdlm_sample(model: Transformer, n: int, steps: int, seed: int, known: Tensor
     Each token has a time, even in (0, 1), at which it is revealed, drawn from its own distribution: so from tau to tau' a
     masked one comes with probability (tau' - tau) / (1 - tau). Tokens that come in one step do not know of each other.
     """
-    def solve(rows: Rows, given: Tensor | None) -> Tensor:
+    def solve(rows: Rows, known: Tensor | None) -> Tensor:
         B, L = len(rows.index), model.config.seq_len
-        tokens = torch.zeros(B, L, dtype=torch.long, device=model.device)
+        tokens, share = torch.zeros(B, L, dtype=torch.long, device=model.device), torch.zeros(B, device=model.device)
         when, uniform = uniforms(rows, L, 2, model.device).clamp(max=1 - 1e-7).unbind(-1)  # below 1: all come in the end
-        if given is not None:
-            tokens, when = given.clamp(min=0), torch.where(given < 0, when, -1.0)
-        share = torch.zeros(B, device=model.device) if given is None else (given >= 0).float().mean(1)  # known from the start
+        if known is not None:
+            tokens, when, share = known.clamp(min=0), torch.where(known < 0, when, -1.0), (known >= 0).float().mean(1)
         grid = torch.linspace(0, 1, steps + 1, device=model.device)
         for tau, tau_next in zip(grid, grid[1:]):
-            known = when < tau
-            come = ~known & (when < tau_next)
-            logits = model(reveal(model, tokens, known), share + (1 - share) * tau)
+            revealed = when < tau
+            come = ~revealed & (when < tau_next)
+            logits = model(reveal(model, tokens, revealed), share + (1 - share) * tau)
             tokens[come] = pick(logits[come].softmax(-1), uniform[come])
         return tokens
     return flm.write(model, n, seed, solve, known)

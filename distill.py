@@ -159,7 +159,7 @@ def journeys(model: nn.Module, tokens: Tensor, rows: Rows, last: float = 1.0, st
     return model.noise(white).lerp_(model.clean(tokens), *times(model.clock, tau_s)), tau_s, tau_t, tau
 
 
-def map_loss(objective: str, teacher: Transformer | None) -> Callable:
+def map_loss(objective: str, teacher: Callable | None) -> Callable:
     """The loss of --objective: even rows of the batch stand at one time, odd ones travel.
 
     Where t = s, delta_{t,t} is held to the teacher's D_t or, without a teacher, to the tokens; elsewhere to the target of
@@ -173,8 +173,8 @@ def map_loss(objective: str, teacher: Transformer | None) -> Callable:
         known = model.told(tokens, rows)
 
         def denoiser(part: slice) -> Callable:
-            told = known if known is None else known[part]
-            return lambda state, tau: (teacher(state, tau, known=told) if teacher else model(state, tau, tau, told)).softmax(-1)
+            here = known if known is None else known[part]
+            return lambda state, tau: (teacher(state, tau, known=here) if teacher else model(state, tau, tau, here)).softmax(-1)
         with torch.no_grad():
             target = torch.zeros(*tokens.shape, model.V, device=tokens.device).scatter_(-1, tokens[..., None], 1.0)
             if teacher:
@@ -211,7 +211,7 @@ class Correction(Transformer):
         return z * (known < 0)[..., None]  # the teacher is certain already
 
 
-def corrected(correction: nn.Module, teacher: nn.Module, known: Tensor | None = None) -> Delta:
+def corrected(correction: nn.Module, teacher: Callable, known: Tensor | None = None) -> Delta:
     """delta_{s,t} of a correction network: it sums to one, and is positive as far as it is right."""
     def delta(state: Tensor, tau_s: Tensor, tau_t: Tensor) -> Tensor:
         s, t = times(correction.clock, tau_s, tau_t)
@@ -227,15 +227,14 @@ def squared_loss(model: nn.Module, tokens: Tensor, rows: Rows, delta: Callable, 
     positions: the error (B,), tau_s (B,), and the drawn tau (B,)."""
     state, tau_s, tau_t, tau = journeys(model, tokens, rows)
     known = model.told(tokens, rows)
-    delta = delta(known)
     with torch.no_grad():
         fixed = target(known)(state, tau_s, tau_t)
     s, t = times(model.clock, tau_s, tau_t)
-    error = (t - s) / (1 - s) * (delta(state, tau_s, tau_t) - fixed)
+    error = (t - s) / (1 - s) * (delta(known)(state, tau_s, tau_t) - fixed)
     return error.square().sum(-1).mean(1), tau_s, tau
 
 
-def correction_loss(teacher: Transformer) -> Callable:
+def correction_loss(teacher: Callable) -> Callable:
     """two-stage, first: the correction obeys the semigroup in squared error, each tenth of tau_s weighted by what is learned
     of its size, exp(-w) error + w."""
     def loss(model: nn.Module, tokens: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -247,7 +246,7 @@ def correction_loss(teacher: Transformer) -> Callable:
     return loss
 
 
-def regression_loss(correction: nn.Module, teacher: Transformer) -> Callable:
+def regression_loss(correction: nn.Module, teacher: Callable) -> Callable:
     """two-stage, second: one network that gives probabilities is regressed on the map of both."""
     def loss(model: nn.Module, tokens: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         error, _, tau = squared_loss(model, tokens, rows, partial(mean_denoiser, model),
@@ -295,10 +294,12 @@ def load_teacher(name: str, flow: Transformer) -> Transformer:
         raise UserError(f"--teacher {error}") from None
     if teacher.tokenizer.checksum != flow.tokenizer.checksum:
         raise UserError(f"--teacher {path}: has another vocabulary than the run's flow; give a flow of the same text")
-    for name in ("parameterization", "seq_len", "condition_prob"):
+    for name in ("parameterization", "seq_len"):
         theirs, ours = (getattr(model.config, name) for model in (teacher, flow))
         if theirs != ours:
             raise UserError(f"--teacher {path}: its {flag(name)} is {theirs}, the run's flow has {ours}; train it alike")
+    if flow.mark is not None and teacher.mark is None:
+        raise UserError(f"--teacher {path}: was trained without --condition-prob, the run's flow with it; train it alike")
     if flow.linear and not torch.equal(teacher.embedding, flow.embedding):
         raise UserError(f"--teacher {path}: has another input embedding; a linear flow can only teach its own map")
     return teacher
@@ -330,7 +331,7 @@ def main(argv: list[str]) -> None:
     config, training, flow, corpus = join.join(settings, given, "fmlm", Config, PRESETS)
     device = flow.device
     teacher = flow if config.teacher == "" else None if config.teacher == "none" else load_teacher(config.teacher, flow)
-    source, taught = teacher, fingerprint(teacher) if teacher else 0
+    shown, taught = teacher, fingerprint(teacher) if teacher else 0
     if config.resume and config.taught != taught:
         raise UserError(f"{folder}: its teacher is not the one this map was begun with; --overwrite distils it anew")
     config.taught = taught
@@ -372,7 +373,7 @@ def main(argv: list[str]) -> None:
     flm.train(model, loss, corpus, training, "fmlm", lambda model, n, steps, seed: sample(model, n, 1, seed))
     if not 0 < training.stop_after < training.max_steps:
         if teacher:
-            flm.show("64 steps of the flow", model, flm.sample(source, 8, 64, config.seed, guidance=config.teacher_guidance))
+            flm.show("64 steps of the flow", model, flm.sample(shown, 8, 64, config.seed, guidance=config.teacher_guidance))
         for steps in (1, 2, 4):
             flm.show(f"{steps} step{'s' * (steps > 1)} of the map", model, sample(model, 8, steps, config.seed))
 

@@ -9,7 +9,7 @@ perplexity  of the samples under the judge, which reads a text up to and includi
 entropy     of the frequencies of the tokens in one sample, nats, their mean. Low perplexity with low entropy is collapse:
             never quote one without the other
 distinct    share of different samples; training, held out: share found there whole
-as flow     share of tokens that equal those of the flow's text of the most steps, from the same noise
+as flow     share of tokens that equal those of the (unguided) flow's text of the most steps, from the same noise
 flm+noise   the flow with fresh noise in each step (flm.py --churn)
 
 Of a large corpus 4 million tokens of each split are read. The run's own ar judges its own samples too well. fmlm has seen
@@ -179,13 +179,12 @@ def fingerprints(tokens: np.ndarray, L: int, stride: int) -> np.ndarray:
 
 
 def hide(rows: Tensor, share: float, end: int, padded: bool, frame: int, seed: int) -> Tensor:
-    """Rows (n, L) with -1 at a random `share` of the tokens of each text, one at least, behind its first `frame`."""
+    """Rows (n, L) with -1 at a random `share` of the tokens of each text, one at least of a text that has any; not at the end
+    token of a padded row, nor at the `frame` tokens at either end of a packed one."""
     hidden = rows.clone()
     generator = torch.Generator().manual_seed(seed)
     for row in hidden:
         places = torch.arange(frame, len(until_end(row.tolist(), end)) - 1 if padded else len(row) - frame)
-        if padded and row[-1] != end:
-            places = torch.arange(len(row))  # a text that fills its row
         count = max(1, round(share * len(places)))
         row[places[torch.randperm(len(places), generator=generator)[:count]]] = -1
     return hidden
@@ -263,8 +262,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--churn", type=float, default=1.0, help="fresh noise in the steps of flm+noise; 0: leave it out")
     parser.add_argument("--guidance", type=float, nargs="*", default=[], help="also the flow with these, in the most steps; "
                         "guidance.png")
-    parser.add_argument("--hide", type=float, nargs="*", default=[0.25, 0.5, 0.75], help="shares of held-out texts to hide and "
-                        "fill, of a run with --condition-prob")
+    parser.add_argument("--hide", type=float, nargs="*", help="shares of held-out texts to hide and fill (default, of a run "
+                        "with --condition-prob: 0.25 0.5 0.75)")
     parser.add_argument("--num-samples", type=int, default=1000, help="texts judged for each number of steps")
     parser.add_argument("--seeds", type=int, default=1, help="sets of texts, for mean and standard deviation")
     parser.add_argument("--seed", type=int, default=0, help="the first of their seeds")
@@ -274,11 +273,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name in ("num_samples", "seeds", "steps"):
         if np.min(value := getattr(args, name)) < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
-    if not all(0 <= share <= 1 for share in args.hide):
-        raise UserError(f"--hide {args.hide}: must be from 0 to 1")
+    if not all(0 < share <= 1 for share in args.hide or []):
+        raise UserError(f"--hide {args.hide}: must be above 0, and 1 or less")
     for name in ("churn", "threads", "guidance"):
-        if not np.all(np.array(value := getattr(args, name)) >= 0):
+        if not (np.min(value := getattr(args, name), initial=0) >= 0 and np.isfinite(value).all()):
             raise UserError(f"--{name} {value}: must be 0 or more")
+    args.guidance = sorted(set(args.guidance) - {0.0})
     return args
 
 
@@ -330,7 +330,7 @@ def plot_guidance(report: dict, weights: Sequence[float], path: Path) -> None:
     axes = figure.subplots()
     most = max(result["steps"] for result in report["samples"] if result["model"] == "flm")
     found = {result["model"]: result for result in report["samples"] if result["steps"] == most}
-    curve = [(0.0, found["flm"]), *((w, found[f"flm w={w:g}"]) for w in sorted(weights))]
+    curve = [(0.0, found["flm"]), *((w, found[f"flm w={w:g}"]) for w in weights)]
     axes.plot([r["entropy"] for _, r in curve], [r["perplexity"] for _, r in curve], marker="o", label="flm, guided")
     for w, result in curve:
         axes.annotate(f"{w:g}", (result["entropy"], result["perplexity"]), xytext=(5, 5), textcoords="offset points", fontsize=8)
@@ -443,21 +443,21 @@ def main(argv: list[str]) -> None:
                 result |= {f"{name}_std": stdev(run[name] for run in runs) for name in ("perplexity", "entropy")}
             report["samples"].append(dict(model=label, steps=steps, trained_steps=models[kind].step) | result)
             print(line(f"{label} {steps}", result), flush=True)
-    if flow.mark is not None and args.hide:
-        given, clean = heldout[:n], (lambda row: until_end(row, end, frame)) if padded else (lambda row: row)
-        truth = math.log(judge([clean(row) for row in given.tolist()]))
-        report["infilling"] = []
-        print(f"\n{len(given)} held-out texts, whose own judge's nats a token are {truth:.3f}, with a share hidden: tokens right, "
-              f"texts right, nats a token\n{'':12}" + "".join(f"{share:>28.0%}" for share in args.hide))
+    shares = [0.25, 0.5, 0.75] if args.hide is None and flow.mark is not None else args.hide or []
+    if shares:
+        def nats(rows: Tensor) -> float:
+            return math.log(judge([until_end(row, end, frame) for row in rows.tolist()]))
+        whole, report["infilling"] = heldout[:n], []
+        print(f"\n{len(whole)} held-out texts, {nats(whole):.3f} nats a token to the judge, with a share hidden and filled: tokens "
+              f"right, texts right, nats a token\n{'':12}" + "".join(f"{share:>28.0%}" for share in shares))
         for label, fill in fillers(models, sorted({min(args.steps), max(args.steps)}), texts[0], end).items():
             cells = []
-            for share in args.hide:
-                hidden = hide(given, share, end, padded, frame, args.seed)
+            for share in shares:
+                hidden = hide(whole, share, end, padded, frame, args.seed)
                 rows = fill(hidden, args.seed)
-                right = rows == given
+                right = rows == whole
                 result = dict(model=label, hidden=share, tokens=right[hidden < 0].float().mean().item(),
-                              texts=right.all(1).float().mean().item(),
-                              nats=math.log(judge([clean(row) for row in rows.tolist()])))
+                              texts=right.all(1).float().mean().item(), nats=nats(rows))
                 report["infilling"].append(result)
                 cells.append(f"{result['tokens']:12.3f}{result['texts']:8.3f}{result['nats']:8.3f}")
             print(f"{label:12}" + "".join(cells), flush=True)

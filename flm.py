@@ -131,18 +131,20 @@ class Rows:
         `end` being their end token, a prefix does not reach it and the other two know the padding: how long the text is.
         """
         L, generator = tokens.shape[1], torch.Generator()
-        u = torch.stack([torch.rand(L + 4, generator=generator.manual_seed(mix(self.seed, self.step, row, 2)))
+        u = torch.stack([torch.rand(L + 5, generator=generator.manual_seed(mix(self.seed, self.step, row, 2)))
                          for row in self.index])
         u = send(u, tokens.device)
-        told, kind, a, b = u[:, :4, None].unbind(1)  # (B, 1)
+        whether, kind, a, b, c = u[:, :5, None].unbind(1)  # (B, 1) each
         place = torch.arange(L, device=tokens.device)
-        length = L if end is None else ((tokens == end).cumsum(1) == 0).sum(1, keepdim=True) + 1
+        length = L if end is None else ((tokens == end).cumsum(1) == 0).sum(1, keepdim=True) + 1  # with the end token
+        first, last = (torch.minimum(a, b) * length).floor(), (torch.maximum(a, b) * length).floor()  # of the span
+        behind = place <= last + c * (L - last) if end is None else True  # packed text may go on, unknown
         prefix = place < a * (length - 1)
-        outside = (place < (torch.minimum(a, b) * length).floor()) | (place > (torch.maximum(a, b) * length).floor())
-        each = torch.where(place < length, u[:, 4:], -1.0)  # so padding is below every bound
-        scattered = each < torch.minimum(a, each.amax(1, keepdim=True))
+        outside = (place < first) | (place > last) & behind
+        each = torch.where(place < length, u[:, 5:], -1.0)  # so padding is below every bound, and
+        scattered = each < torch.minimum(a, each.amax(1, keepdim=True))  # the largest above: it stays unknown
         chosen = torch.where(kind < 1 / 3, prefix, torch.where(kind < 2 / 3, outside, scattered))
-        return torch.where(chosen & (told < prob), tokens, -1)
+        return torch.where(chosen & (whether < prob), tokens, -1)
 
     def fresh(self, step: int) -> "Rows":
         """The same rows with other randomness: that of a sampler's step."""
@@ -232,15 +234,21 @@ def sample(model: nn.Module, n: int, steps: int, seed: int, churn: float = 0.0, 
 
 
 def guided(model: nn.Module, w: float) -> Callable[..., Tensor]:
-    """The logits of a flow in which what context adds to Bayes' rule for each token alone counts 1 + w times.
+    """The logits of a flow in which what context adds to Bayes' rule for each token alone counts 1 + w (1 - tau) times.
 
-    Guidance away from a weaker model (Karras et al. 2024), here the exact one that sees no context: texts hang together more,
-    and vary less, than those the flow has learned from. Called as the model is, without a second time.
+    Guidance away from a weaker model (Karras et al. 2024), here the exact one that sees no context, as long as there is
+    something to decide: in the end both are certain, and a network's certainty is bounded. Called as the model is, without a
+    second time.
     """
+    if not w:
+        return model
+    bayes = model.context_free()
+
     def logits(state: Tensor, tau: Tensor, known: Tensor | None = None) -> Tensor:
         z = model(state, tau, known=known)
-        return torch.where(z.isinf(), z, torch.lerp(model.context_free(state, tau), z, 1 + w))  # what is known is certain
-    return logits if w else model
+        more = w * (1 - tau[:, None, None])
+        return torch.where(z.isinf(), z, z + more * (z - bayes(state, tau)))  # what is known is certain
+    return logits
 
 
 def diffusion(churn: float) -> Callable[[Tensor, Tensor], Tensor]:
@@ -371,6 +379,8 @@ class Transformer(nn.Module):
     `kind` is the model it serves: flm, fmlm or, in baselines.py, ar (causal) and mdlm (masked). Those two read embeddings,
     and the vector `blank` in place of a token: before the first and at a mask. `posterior` adds `blank`, or a learned
     position, to every reading: else layer norm makes an unsure token, whose mean embedding is short, as loud as a sure one.
+
+    Tokens that are given are read as their embedding and the vector `mark`, if the network learns prompts (condition_prob).
     """
 
     def __init__(self, config: "Config", V: int, log_p: Tensor, kind: str = "flm"):
@@ -393,8 +403,8 @@ class Transformer(nn.Module):
         blank = kind in ("ar", "mdlm") or not (self.linear or learned)
         self.blank = nn.Parameter(torch.zeros(D)) if blank else None
         self.gain = None if self.linear else nn.Parameter(torch.zeros(config.cond_width))  # of a map on its noise
-        told = config.condition_prob > 0 and kind not in ("ar", "mdlm")
-        self.mark = nn.Parameter(torch.zeros(D)) if told else None  # of known tokens
+        marked = config.condition_prob > 0 and kind not in ("ar", "mdlm")
+        self.mark = nn.Parameter(torch.zeros(D)) if marked else None  # of known tokens
         angles = torch.arange(config.seq_len)[:, None, None, None] * 10000 ** -(
             torch.arange(0, D // config.heads, 2) / (D // config.heads))
         self.register_buffer("cos", angles.cos(), persistent=False)
@@ -513,14 +523,18 @@ class Transformer(nn.Module):
         nats = in_chunks(self.cross_entropy, chunk, x, state, weight, targets)
         return nats if known is None else nats * (known < 0)
 
-    def context_free(self, state: Tensor, tau: Tensor) -> Tensor:
-        """What Bayes' rule says of each token from its own state alone: logits (B, L, V), exact for both parameterisations."""
-        weight = self.bayes_weight(tau)
+    def context_free(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """What Bayes' rule says of each token from its own state alone, exactly: f(state, tau (B,)) -> logits (B, L, V)."""
         if not self.linear:
-            return torch.addcmul(self.log_p, weight, state)
-        t, E = self.clock.t(tau)[:, None, None], self.embedding
-        white = E @ torch.linalg.pinv(E.T @ E, hermitian=True)  # x_t E is N(t E[v], (1-t)^2 E^T E) if v is the token
-        return self.log_p + weight * (state @ white.T - t / 2 * (white * E).sum(1))
+            return lambda state, tau: torch.addcmul(self.log_p, self.bayes_weight(tau), state)
+        E = self.embedding.detach().double()
+        dual = E @ torch.linalg.pinv(E.T @ E, hermitian=True)  # x_t E is N(t E[v], (1-t)^2 E^T E) if v is the token
+        half, dual = ((dual * E).sum(1) / 2).to(self.log_p), dual.to(self.embedding)
+
+        def logits(state: Tensor, tau: Tensor) -> Tensor:
+            t = self.clock.t(tau)[:, None, None]
+            return self.log_p + self.bayes_weight(tau) * (state @ dual.T - t * half)
+        return logits
 
     def mean_embedding(self, state: Tensor, weight: Tensor) -> Tensor:
         """What Bayes' rule expects each token's embedding to be: (..., D)."""
@@ -590,8 +604,8 @@ class Network:
     heads: int = setting(12, "attention heads", 1)
     cond_width: int = setting(128, "width of the time embedding", 1)
     dropout: float = setting(0.1, "on the residual branches", 0, 1)
-    condition_prob: float = setting(0.0, "share of training rows that are told some of their tokens, for --prompt and --infill", 0,
-                                    1)
+    condition_prob: float = setting(0.0, "share of training rows that are told some of their tokens, for --prompt and "
+                                    "--infill", 0, 1)
     time_scale: float = setting(1.0, "factor on tau before its sinusoids", 0)
     position_embedding: bool | None = setting(None, "learned positions, zero at first, beside the rotary ones, which do not "
                                               "tell where a row begins; left out: where rows are padded")
@@ -636,8 +650,8 @@ class Config(Network):
     sample: bool = setting(False, "write samples of a trained model, one a line, instead of training")
     sample_steps: int = setting(64, "network evaluations for a text", 1)
     churn: float = setting(0.0, "fresh noise in the steps of --sample: 0, the flow itself; 1, as ancestral sampling", 0)
-    guidance: float = setting(0.0, "how much more than once context counts in --sample: 0, the flow itself; 0.5 and 1 make "
-                              "texts more regular", 0)
+    guidance: float = setting(0.0, "w in --sample: what context adds counts 1 + w times at first, once in the end; 0, the "
+                              "flow itself", 0)
     num_samples: int = setting(16, "texts to write", 1)
     prompt: str = setting("", "how the texts of --sample begin")
     infill: str = setting("", "a text with gaps for --sample to fill, con____ion or, of word pieces, the [MASK:2] of")
@@ -965,8 +979,8 @@ def write_samples(config: Config, kind: str, sample: Callable) -> None:
         known, shown = prompts.parse(model.tokenizer, model.config.seq_len, model.config.packing, config.prompt, config.infill,
                                      config.mask_char)
         if model.mark is None and kind in ("flm", "fmlm"):
-            say(f"{config.run_dir}: was trained without --condition-prob, so known tokens are put on their noisy line at each "
-                "step, which is the weaker way")
+            say(f"{config.run_dir}: was trained without --condition-prob, so known tokens are only put in place at each step, as "
+                "noisy as the others, which is the weaker way")
     tokens = sample(model, config.num_samples, config.sample_steps, config.seed, known=known)
     lines = to_lines(model, tokens[:, :shown])
     try:

@@ -34,15 +34,17 @@ def parse(tokenizer: Tokenizer, L: int, packing: bool, prompt: str, infill: str,
         raise UserError(f"{name}: {error}") from None
     if infill and -1 not in ids:
         raise UserError(f"{name}: no position in it is unknown; put {gap} for each token to write")
+    if not ids:
+        raise UserError(f"{name}: has no token; leave it out")
     frame = int(packing and tokenizer.begin is not None)
-    ids = [tokenizer.begin] * frame + ids
-    if len(ids) > L - frame:
-        raise UserError(f"{name}: is {len(ids) - frame} tokens long and the model's rows have {L - 2 * frame}; shorten it")
+    room = L - 2 * frame if packing else L - 1  # the last place of a padded row is an end token's
+    if len(ids) > room:
+        raise UserError(f"{name}: is {len(ids)} tokens long and the model's texts have {room} at most; shorten it")
+    if prompt and len(ids) == room:
+        raise UserError(f"{name}: is as long as the model's texts, {room} tokens, so none is unknown; shorten it")
     rest = tokenizer.end if infill and not packing else -1
-    known = ids + [rest] * (L - frame - len(ids)) + [tokenizer.end] * frame
-    if -1 not in known:
-        raise UserError(f"{name}: fills all {L - 2 * frame} positions of a row, so none is unknown; shorten it")
-    return torch.tensor(known), len(ids) if infill else L
+    known = ([tokenizer.begin] * frame + ids + [rest] * L)[:L]
+    return torch.tensor(known), frame + len(ids) if infill else L
 
 
 def encode(tokenizer: Tokenizer, text: str, mask_char: str) -> list[int]:

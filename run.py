@@ -254,10 +254,11 @@ def read_settings(folder: Path, kind: str, Config: type) -> dict:
     path = config_file(folder, kind)
     try:
         stored = json.loads(path.read_text())
-        if not isinstance(stored, dict) or stored.keys() != {f.name for f in fields(Config)} - FREE:
+        defaults = lasting(Config())  # what an older program did not know it did not do
+        if not isinstance(stored, dict) or "dataset" not in stored or stored.keys() - defaults.keys():
             raise ValueError("its settings are not this program's")
         validate(asdict(Config()) | stored, Config)
-        return stored
+        return defaults | stored
     except FileNotFoundError:
         raise UserError(f"{path}: no such file, so no run to go on with; put it back, or train anew: {program(kind)} "
                         f"--run-dir {folder} --overwrite") from None

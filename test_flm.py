@@ -1692,12 +1692,18 @@ def test_known_tokens_are_read_whatever_their_state_and_cost_nothing(kind):
     assert torch.equal(probs[known >= 0], F.one_hot(tokens, 11).float()[known >= 0])
     for objective in (*distill.TARGETS, "two-stage"):
         map_loss = distill.correction_loss(model) if objective == "two-stage" else distill.map_loss(objective, model)
+        seen = []
+        hook = model.register_forward_hook(lambda module, args, kwargs, out, seen=seen: seen.append(kwargs.get("targets")),
+                                           with_kwargs=True)
         student = model
         if objective == "two-stage":
             student = distill.Correction(model.config, 11, model.log_p).train()
             student.tokenizer = model.tokenizer
         loss = map_loss(student, tokens, rows)[0]
+        hook.remove()
         assert loss.isfinite().all(), objective
+        if objective != "two-stage":  # the target of a known token is that token, for the rows in its half
+            assert torch.allclose(seen[-1][known >= 0], F.one_hot(tokens, 11).float()[known >= 0], atol=1e-5), objective
         loss.sum().backward()
         assert all(p.grad is None or p.grad.isfinite().all() for p in student.parameters())
 
@@ -1750,15 +1756,15 @@ def test_prompts_and_gaps_come_out_as_they_went_in(folder, capsys):
         assert len(lines) == 5 and all(line.startswith("un") for line in lines)
         program.main(shlex.split("--sample --run-dir a --num-samples 5 --sample-steps 2 --infill con??ion --mask-char ?"))
         lines = capsys.readouterr().out.splitlines()
-        assert len(lines) == 5 and all(re.match("con(..|.?$)", line) for line in lines)
+        assert len(lines) == 5 and all(re.fullmatch("con(..ion|.?)", line) for line in lines)
     baselines.main(shlex.split("--sample --model ar --run-dir a --num-samples 5 --prompt un"))
     assert all(line.startswith("un") for line in capsys.readouterr().out.splitlines())
     flm.main(shlex.split("--sample --run-dir b --num-samples 5 --prompt un"))
     out, err = capsys.readouterr()
     assert all(line.startswith("un") for line in out.splitlines()) and "weaker way" in err
     for flags, message in [
-            ("--prompt " + "a" * 17, "is 17 tokens long and the model's rows have 16"), ("--prompt ü", "not in the vocabulary"),
-            ("--prompt " + "a" * 16, "none is unknown"), ("--infill abc", "no position in it is unknown; put one _"),
+            ("--prompt " + "a" * 17, "is 17 tokens long and the model's texts have 15"), ("--prompt ü", "not in the vocabulary"),
+            ("--prompt " + "a" * 15, "none is unknown"), ("--infill abc", "no position in it is unknown; put one _"),
             ("--infill a_ --prompt b", "goes without --prompt"), ("--infill a_ --mask-char ab", "must be one character"),
             ("--prompt 'a\udce9'", "not UTF-8")]:
         with pytest.raises(UserError, match=re.escape(message)):
@@ -1798,20 +1804,82 @@ def test_bayes_rule_without_context_is_exact_in_every_state_space(width, kind):
     else:
         density = -(x[:, :, None] - t[..., None] * one_hots).square().sum(-1) / (2 * (1 - t) ** 2)
     expected = (model.log_p + density).softmax(-1)
-    assert (model.context_free(state, tau).softmax(-1) - expected).abs().max() < 1e-6  # the clock is float32
+    assert (model.context_free()(state, tau).softmax(-1) - expected).abs().max() < 1e-6  # the clock is float32
 
 
-def test_guidance_counts_what_context_adds():
-    """It changes nothing where the network adds nothing, its output being zero. In one step from the noise the text is the
-    argmax of Bayes' logits and 1 + w times what the network adds to them; known tokens stay."""
-    model = network(11, "--width 16 --seq-len 5 --parameterization posterior").eval()
+@pytest.mark.parametrize("kind", ["linear", "posterior"])
+def test_guidance_counts_what_context_adds(kind):
+    """Logits are Bayes' and 1 + w (1 - tau) times what the network adds to them, to float32 rounding of logits that reach 60;
+    known tokens stay certain. Where the network adds nothing, its output being Bayes' rule alone, guidance changes nothing."""
+    model = network(11, f"--width 16 --seq-len 5 --parameterization {kind}", torch.rand(11).log_softmax(-1)).eval()
+    state, tau, known = flm.start(model, flm.Rows(0, -1, range(6), 6)), torch.rand(6), torch.tensor([4, -1, -1, 2, -1])
     with torch.no_grad():
-        state, tau = flm.start(model, flm.Rows(0, -1, range(6), 6)), torch.zeros(6)
-        bayes, z = model.context_free(state, tau), model(state, tau)
-    expected = (bayes + 3 * (z - bayes)).argmax(-1)
-    assert torch.equal(flm.sample(model, 6, 1, 0, guidance=2.0), expected)
+        bayes, z, guided = model.context_free()(state, tau), model(state, tau), flm.guided(model, 2.0)(state, tau)
+    expected = bayes + (1 + 2 * (1 - tau[:, None, None])) * (z - bayes)
+    assert (guided - expected).abs().max() < 1e-4 < (guided - z).abs().max()
     assert not torch.equal(flm.sample(model, 6, 4, 0, guidance=2.0), flm.sample(model, 6, 4, 0))
-    known = torch.tensor([4, -1, -1, 2, -1])
-    assert (flm.sample(model, 6, 4, 0, guidance=2.0, known=known)[:, known >= 0] == known[known >= 0]).all()
-    torch.nn.init.zeros_(model.head.weight), torch.nn.init.zeros_(model.head.bias)
-    assert torch.equal(flm.sample(model, 6, 4, 0), flm.sample(model, 6, 4, 0, guidance=2.0))
+    rows = flm.sample(model, 6, 4, 0, guidance=2.0, known=known)
+    assert (rows[:, known >= 0] == known[known >= 0]).all() and flm.guided(model, 0.0) is model
+    if kind == "posterior":
+        torch.nn.init.zeros_(model.head.weight), torch.nn.init.zeros_(model.head.bias)
+        assert torch.equal(flm.sample(model, 6, 4, 0), flm.sample(model, 6, 4, 0, guidance=2.0))
+
+
+@pytest.mark.parametrize("kind", ["linear", "posterior"])
+def test_guidance_never_argues_with_what_both_are_certain_of(kind):
+    """Late, the network and Bayes' rule name the same token; bounded logits of the one and unbounded ones of the other must
+    not turn their difference against it. The network here is as sure as its cap allows: 20 for the token that Bayes' rule names."""
+    model = network(11, f"--width 16 --seq-len 40 --parameterization {kind}").eval()
+    tokens = torch.randint(11, (50, 40))
+    bayes = model.context_free()
+    z = (lambda state, tau, known=None: bayes(state, tau) + 20 * F.one_hot(tokens, 11)) if kind == "posterior" else (
+        lambda state, tau, known=None: 20.0 * F.one_hot(tokens, 11))
+    for tau in (0.95, 0.984, 0.996):
+        t = model.clock.t(torch.tensor(tau))
+        state = torch.lerp(model.noise(torch.randn(50, 40, model.noise_dims)), model.clean(tokens), t).detach()
+        when = torch.full((50,), tau)
+        agree = bayes(state, when).argmax(-1) == tokens
+        model.forward = z
+        wrong = [(flm.guided(model, w)(state, when).argmax(-1) != tokens)[agree].float().mean() for w in (0.5, 2.0)]
+        del model.forward
+        assert agree.float().mean() > 0.9 and max(wrong) < 0.02, (tau, wrong)
+
+
+def test_a_guided_teacher_is_what_the_map_is_held_to():
+    """The network's gradient at rows that stand still is p - target, the target being the guided teacher's probabilities."""
+    flow = network(11, "--width 16 --seq-len 5 --parameterization posterior").requires_grad_(False).eval()
+    teacher, seen = flm.guided(flow, 1.5), []
+    student = network(11, "--width 16 --seq-len 5 --parameterization posterior")
+    student.register_forward_hook(lambda module, args, kwargs, out: seen.append((args, kwargs)), with_kwargs=True)
+    distill.map_loss("semigroup", teacher)(student, torch.randint(11, (6, 5)), flm.Rows(0, 0, range(6), 6))
+    (state, tau_s, *_), kwargs = seen[-1]
+    expected = teacher(state[::2], tau_s[::2]).softmax(-1)
+    assert torch.allclose(kwargs["targets"][::2], expected, atol=1e-6)
+    assert not torch.allclose(expected, flow(state[::2], tau_s[::2]).softmax(-1), atol=1e-2)
+
+
+def test_hidden_places_are_random_ones_of_the_text():
+    rows = torch.where(torch.arange(12) < 8, torch.randint(1, 5, (400, 12)), 0)
+    hidden = evaluate.hide(rows, 0.25, 0, True, 0, seed=1) < 0
+    assert (hidden.sum(1) == 2).all() and not hidden[:, 8:].any()
+    assert (hidden.float().mean(0)[:8] - 0.25).abs().max() < 4.5 * (0.25 * 0.75 / 400) ** 0.5
+    framed = evaluate.hide(rows, 0.5, 0, False, 1, seed=1) < 0
+    assert (framed.sum(1) == 5).all() and not framed[:, [0, 11]].any() and framed[:, 1:11].any(0).all()
+    assert (evaluate.hide(rows, 0.001, 0, True, 0, seed=1) < 0).sum(1).eq(1).all()
+
+
+def test_infilling_is_scored_beside_chance(folder, capsys):
+    """Chance draws from the letters' frequencies: it is right with probability sum p^2, .066 +- 4.5 standard errors."""
+    flm.main(shlex.split(f"--max-steps 2 {TINY} --condition-prob 0.5 --run-dir a --eval-every 9"))
+    distill.main(shlex.split("--run-dir a --max-steps 2 --no-bf16 --eval-every 9"))
+    evaluate.main(shlex.split("--run-dir a --num-samples 200 --steps 1 --churn 0 --guidance 1"))
+    report = json.loads(Path("a/quality.json").read_text())
+    by = {(r["model"], r["hidden"]): r for r in report["infilling"]}
+    assert set(by) == {(model, share) for model in ("chance", "flm 1", "fmlm 1") for share in (0.25, 0.5, 0.75)}
+    corpus = data.prepare("words", "chars", 16, False, 0, 8)
+    counts = np.bincount(corpus.splits["train"])[1:]
+    p, n = ((counts / counts.sum()) ** 2).sum(), 200 * 4
+    assert abs(by["chance", 0.5]["tokens"] - p) < 4.5 * (p * (1 - p) / n) ** 0.5 + 0.01
+    assert Path("a/guidance.png").exists() and any(r["model"] == "flm w=1" for r in report["samples"])
+    with pytest.raises(UserError, match="--hide"):
+        evaluate.main(shlex.split("--run-dir a --hide 0"))
