@@ -81,8 +81,8 @@ def mdlm_loss(model: Transformer, tokens: Tensor, rows: Rows) -> tuple[Tensor, T
 
 
 def mdlm_sample(model: Transformer, n: int, steps: int, seed: int, known: Tensor | None = None) -> Tensor:
-    """Writes n texts in `steps` evaluations of ancestral sampling: tokens (n, L), those `known` (L,) or (n, L), -1 where there
-    is none, being revealed from the start.
+    """Writes n texts in `steps` evaluations of ancestral sampling: tokens (n, L). Those that are `known`, (L,) or (n, L), -1
+    where there is none, are revealed from the start.
 
     Each token has a time, even in (0, 1), at which it is revealed, drawn from its own distribution: so from tau to tau' a
     masked one comes with probability (tau' - tau) / (1 - tau). Tokens that come in one step do not know of each other.

@@ -343,7 +343,7 @@ def preset(name: str, vocab: int, rows: int) -> dict:
     return dict(vocab=vocab, rows=rows, width=config.width, depth=config.depth, heads=config.heads, seq_len=config.seq_len)
 
 
-PRESETS = {name: preset(name, *sizes) for name, sizes in dict(words=(27, 128), sotu=(1024, 64), lm1b=(30522, 256),
+PRESETS = {name: preset(name, *sizes) for name, sizes in dict(words=(27, 128), sotu=(4096, 32), lm1b=(30522, 256),
                                                               owt=(50258, 32)).items()}
 
 

@@ -174,7 +174,9 @@ def map_loss(objective: str, teacher: Callable | None) -> Callable:
 
         def denoiser(part: slice) -> Callable:
             here = known if known is None else known[part]
-            return lambda state, tau: (teacher(state, tau, known=here) if teacher else model(state, tau, tau, here)).softmax(-1)
+            if not teacher:
+                return lambda state, tau: model(state, tau, tau, here).softmax(-1)
+            return lambda state, tau: teacher(state, tau, known=here).softmax(-1)
         with torch.no_grad():
             target = torch.zeros(*tokens.shape, model.V, device=tokens.device).scatter_(-1, tokens[..., None], 1.0)
             if teacher:

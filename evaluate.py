@@ -179,8 +179,8 @@ def fingerprints(tokens: np.ndarray, L: int, stride: int) -> np.ndarray:
 
 
 def hide(rows: Tensor, share: float, end: int, padded: bool, frame: int, seed: int) -> Tensor:
-    """Rows (n, L) with -1 at a random `share` of the tokens of each text, one at least of a text that has any; not at the end
-    token of a padded row, nor at the `frame` tokens at either end of a packed one."""
+    """Rows (n, L) with -1 at a random `share` of the tokens of each text, one at least of a text that has any; not at the
+    end token of a padded row, nor at the `frame` tokens at either end of a packed one."""
     hidden = rows.clone()
     generator = torch.Generator().manual_seed(seed)
     for row in hidden:
@@ -333,8 +333,9 @@ def plot_guidance(report: dict, weights: Sequence[float], path: Path) -> None:
     curve = [(0.0, found["flm"]), *((w, found[f"flm w={w:g}"]) for w in weights)]
     axes.plot([r["entropy"] for _, r in curve], [r["perplexity"] for _, r in curve], marker="o", label="flm, guided")
     for w, result in curve:
-        axes.annotate(f"{w:g}", (result["entropy"], result["perplexity"]), xytext=(5, 5), textcoords="offset points", fontsize=8)
-    others = {name: result for name, result in found.items() if name in ("fmlm", "mdlm")} | {"held out": report["heldout_text"]}
+        at = result["entropy"], result["perplexity"]
+        axes.annotate(f"{w:g}", at, xytext=(5, 5), textcoords="offset points", fontsize=8)
+    others = {name: found[name] for name in ("fmlm", "mdlm") if name in found} | {"held out": report["heldout_text"]}
     for name, result in others.items():
         axes.plot(result["entropy"], result["perplexity"], "s", label=name)
     axes.set(xlabel="entropy, nats", ylabel=f"perplexity ({report['judge']})", title=f"{report['run']}, {most} evaluations")
@@ -366,7 +367,8 @@ def find(folder: Path, judge: str, device: torch.device) -> tuple[dict[str, flm.
 
 def context_free_loss(model: flm.Transformer, corpus: data.Corpus, rows: int) -> float:
     """The flow loss of Bayes' rule alone: a posterior network without blocks whose output is zero."""
-    bayes = flm.Transformer(replace(model.config, parameterization="posterior", depth=0, condition_prob=0.0), model.V, corpus.log_p)
+    config = replace(model.config, parameterization="posterior", depth=0, condition_prob=0.0)
+    bayes = flm.Transformer(config, model.V, corpus.log_p)
     torch.nn.init.zeros_(bayes.head.weight)
     return mean(flm.held_out_loss(bayes.to(model.device), flm.flow_loss, corpus, rows))
 
@@ -448,8 +450,8 @@ def main(argv: list[str]) -> None:
         def nats(rows: Tensor) -> float:
             return math.log(judge([until_end(row, end, frame) for row in rows.tolist()]))
         whole, report["infilling"] = heldout[:n], []
-        print(f"\n{len(whole)} held-out texts, {nats(whole):.3f} nats a token to the judge, with a share hidden and filled: tokens "
-              f"right, texts right, nats a token\n{'':12}" + "".join(f"{share:>28.0%}" for share in shares))
+        print(f"\n{len(whole)} held-out texts, {nats(whole):.3f} nats a token to the judge, with a share hidden and filled: "
+              f"tokens right, texts right, nats a token\n{'':12}" + "".join(f"{share:>28.0%}" for share in shares))
         for label, fill in fillers(models, sorted({min(args.steps), max(args.steps)}), texts[0], end).items():
             cells = []
             for share in shares:

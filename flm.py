@@ -125,7 +125,7 @@ class Rows:
         return send(torch.tensor(tau), device), white  # one draw in each of `total` equal strata
 
     def known(self, tokens: Tensor, prob: float, end: int | None) -> Tensor:
-        """[FLM] What a row is told of its text in training, with probability `prob`: tokens (B, L) where known, -1 elsewhere.
+        """[FLM] What rows are told of their texts in training, with probability `prob`: tokens (B, L), -1 where unknown.
 
         A prefix, all but a span, or tokens here and there: a third each, of random size, never the whole. Of padded rows,
         `end` being their end token, a prefix does not reach it and the other two know the padding: how long the text is.
@@ -218,8 +218,8 @@ def euler(denoiser: Callable[[Tensor, Tensor, Tensor], Tensor], state: Tensor, c
 
 def sample(model: nn.Module, n: int, steps: int, seed: int, churn: float = 0.0, guidance: float = 0.0,
            known: Tensor | None = None) -> Tensor:
-    """Writes n texts in `steps` network evaluations: tokens (n, L). Text i is a pure function of the settings, seed, i and of
-    what is known of it: tokens (L,) or (n, L), -1 where there is none.
+    """Writes n texts in `steps` network evaluations: tokens (n, L). Text i is a pure function of the settings, the seed, i
+    and what is `known` of it: tokens (L,) or (n, L), -1 where there is none.
 
     With churn > 0 steps take fresh noise and forget errors of earlier ones. For guidance see guided.
     """
@@ -490,8 +490,8 @@ class Transformer(nn.Module):
         their cross-entropy (B, L). With tau_t (B,) those of a flow map's mean denoiser from s to t, without it the flow's
         denoiser at s. past: for ar, what each block keeps of the positions before these.
 
-        known (B, L) are given tokens, -1 where there is none: a network with a `mark` for them reads them, whatever the state
-        is there; one without sees the state. Either gives them for certain, so that a sampler's state goes straight to them.
+        known (B, L) are given tokens, -1 where there is none: a network with a `mark` for them reads them, whatever the
+        state is there; one without sees the state. Either gives them for certain: a sampler's state goes straight to them.
 
         With targets, what is V-dimensional but the state is held for `config.loss_chunk` positions at a time."""
         chunk = self.config.loss_chunk if targets is not None else 0
@@ -566,7 +566,7 @@ class Transformer(nn.Module):
 
 
 def aligned(x: Tensor, dim: int) -> Tensor:
-    """x with, on a GPU, zeros at the end of dimension `dim`, below 0, up to a multiple of 64: V = 50304 is faster than 50258."""
+    """x with, on a GPU, zeros behind dimension `dim` < 0 up to a multiple of 64: V = 50304 is faster than 50258."""
     missing = -x.shape[dim] % 64 if x.is_cuda else 0
     return F.pad(x, [0, 0] * (-1 - dim) + [0, missing]) if missing else x
 
@@ -659,8 +659,8 @@ class Config(Network):
     out: str = setting("", "file for the samples; left out: standard output")
 
 
-SMALL = dict(cond_width=64, dropout=0.0, time_scale=100.0, optimizer="muon", lr=5e-3, decay=1.0, warmup=100, ema=0.99,
-             log_every=20)
+SMALL = dict(condition_prob=0.1, cond_width=64, dropout=0.0, time_scale=100.0, optimizer="muon", lr=5e-3, decay=1.0,
+             warmup=100, ema=0.99, log_every=20)
 PRESETS = {
     "words": SMALL | dict(tokenizer="chars", seq_len=16, packing=False, parameterization="posterior", depth=4, width=96,
                           heads=3, lr=6e-3, max_steps=1600, batch_size=128, eval_every=400, eval_rows=256),
@@ -976,11 +976,11 @@ def write_samples(config: Config, kind: str, sample: Callable) -> None:
     """--sample: texts of the run's K.pt, one a line, to --out or standard output."""
     model, known, shown = load(Path(config.run_dir) / f"{kind}.pt", setup(config.device, config.threads)), None, None
     if config.prompt or config.infill:
-        known, shown = prompts.parse(model.tokenizer, model.config.seq_len, model.config.packing, config.prompt, config.infill,
-                                     config.mask_char)
+        known, shown = prompts.parse(model.tokenizer, model.config.seq_len, model.config.packing, config.prompt,
+                                     config.infill, config.mask_char)
         if model.mark is None and kind in ("flm", "fmlm"):
-            say(f"{config.run_dir}: was trained without --condition-prob, so known tokens are only put in place at each step, as "
-                "noisy as the others, which is the weaker way")
+            say(f"{config.run_dir}: was trained without --condition-prob, so known tokens are only put in place at each "
+                "step, as noisy as the others, which is the weaker way")
     tokens = sample(model, config.num_samples, config.sample_steps, config.seed, known=known)
     lines = to_lines(model, tokens[:, :shown])
     try:

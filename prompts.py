@@ -16,7 +16,7 @@ def parse(tokenizer: Tokenizer, L: int, packing: bool, prompt: str, infill: str,
 
     A prompt begins the text. An infill is a text with gaps: `mask_char` for each unknown token of a vocabulary of
     characters, [MASK] or [MASK:n] for one or n tokens of another. Its length is known where rows are padded; in packed rows
-    the text goes on behind it, unseen. Raises UserError for what does not fit, cannot be encoded, or leaves nothing to write.
+    the text goes on behind it, unseen. Raises UserError for what does not fit or cannot be encoded, or if none is unknown.
     """
     flag, text = ("--infill", infill) if infill else ("--prompt", prompt)
     name = f"{flag} {text if len(text) <= 40 else text[:37] + '...'}"

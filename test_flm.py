@@ -53,7 +53,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def settings(flags: str) -> flm.Config:
-    return flm.Config(**flm.command_line(shlex.split(flags))[0])
+    return flm.Config(**flm.command_line(shlex.split("--condition-prob 0 " + flags))[0])
 
 
 def network(V: int, flags: str, log_p: torch.Tensor | None = None, dtype=torch.float32) -> flm.Transformer:
@@ -1466,7 +1466,7 @@ def test_what_a_user_can_do_wrong_in_distilling_is_one_line(folder):
 
 
 def test_a_baseline_joins_the_run_of_a_flow_resumes_and_writes(folder, capsys):
-    """As many steps as the flow, in its network: less the gain, more the vector of a mask or start. Stopped and resumed it
+    """As many steps as the flow, in its network: less gain and mark, more the vector of a mask or start. Stopped and resumed it
     ends in the same checkpoint; its texts are a function of the seed."""
     flm.main(shlex.split(f"--max-steps 4 {TINY} --run-dir whole --eval-every 3 --dropout 0.1"))
     shutil.copytree("whole", "parts")
@@ -1478,7 +1478,7 @@ def test_a_baseline_joins_the_run_of_a_flow_resumes_and_writes(folder, capsys):
         flow, model = flm.load("whole/flm.pt"), flm.load(f"whole/{kind}.pt")
         assert model.kind == kind and model.step == flow.step == 4
         assert {name for name, _ in flow.named_parameters()} ^ {name for name, _ in model.named_parameters()} == {
-            "gain", "blank"}
+            "gain", "mark", "blank"}
         texts = []
         for flags in ("--seed 1", "--seed 1 --threads 1", "--seed 2", "--seed 1 --num-samples 20"):
             capsys.readouterr()
@@ -1598,8 +1598,8 @@ PAIRS = torch.tensor([[0.25, 0.05, 0.10], [0.02, 0.20, 0.03], [0.15, 0.10, 0.10]
 
 
 class PairFlow(torch.nn.Module):
-    """The exact denoiser of two tokens with frequencies PAIRS, by Bayes' rule for the pair: what is known is certain. Asked with
-    two times, its flow map, by 64 Euler steps."""
+    """The exact denoiser of two tokens with frequencies PAIRS, by Bayes' rule for the pair: what is known is certain. Asked
+    with two times, its flow map, by 64 Euler steps."""
 
     def __init__(self):
         super().__init__()
@@ -1729,7 +1729,7 @@ def test_a_row_is_told_a_prefix_all_but_a_span_or_tokens_here_and_there():
 
 
 def test_a_network_without_prompts_puts_known_tokens_on_their_noisy_line():
-    """Replacement: the state of a known token is (1 - t) x0 + t x1 at every step, to float32 rounding, with its own noise x0."""
+    """Replacement: the state of a known token is (1 - t) x0 + t x1 at every step, with its own noise x0, to rounding."""
     model = network(11, "--width 16 --seq-len 5 --parameterization posterior").eval()
     known, seen = torch.tensor([3, -1, -1, 7, -1]), []
     model.register_forward_hook(lambda module, inputs, logits: seen.append(inputs[:2]))
@@ -1748,7 +1748,7 @@ def test_prompts_and_gaps_come_out_as_they_went_in(folder, capsys):
     distill.main(shlex.split("--run-dir a --max-steps 2 --no-bf16"))
     for kind in ("mdlm", "ar"):
         baselines.main(shlex.split(f"--model {kind} --run-dir a --max-steps 2 --no-bf16"))
-    flm.main(shlex.split(f"--max-steps 3 {TINY} --run-dir b"))
+    flm.main(shlex.split(f"--max-steps 3 {TINY} --run-dir b --condition-prob 0"))
     for program in (flm, distill, baselines):
         capsys.readouterr()
         program.main(shlex.split("--sample --run-dir a --num-samples 5 --sample-steps 2 --prompt un"))
@@ -1763,7 +1763,8 @@ def test_prompts_and_gaps_come_out_as_they_went_in(folder, capsys):
     out, err = capsys.readouterr()
     assert all(line.startswith("un") for line in out.splitlines()) and "weaker way" in err
     for flags, message in [
-            ("--prompt " + "a" * 17, "is 17 tokens long and the model's texts have 15"), ("--prompt ü", "not in the vocabulary"),
+            ("--prompt " + "a" * 17, "is 17 tokens long and the model's texts have 15"),
+            ("--prompt ü", "not in the vocabulary"),
             ("--prompt " + "a" * 15, "none is unknown"), ("--infill abc", "no position in it is unknown; put one _"),
             ("--infill a_ --prompt b", "goes without --prompt"), ("--infill a_ --mask-char ab", "must be one character"),
             ("--prompt 'a\udce9'", "not UTF-8")]:
@@ -1788,8 +1789,8 @@ def test_gaps_in_word_pieces_are_counted_in_tokens(folder):
 
 @pytest.mark.parametrize("width, kind", [(16, "posterior"), (16, "linear"), (6, "linear")])
 def test_bayes_rule_without_context_is_exact_in_every_state_space(width, kind):
-    """Against the densities of the states of all V = 11 tokens, in float64: of x_t, or of x_t E with E of full rank, N(t E[v],
-    (1-t)^2 E^T E), by torch's own normal law. Six dimensions, or sixteen of which eleven are used."""
+    """Against the densities of the states of all V = 11 tokens, in float64: of x_t, or of x_t E with E of full rank,
+    N(t E[v], (1-t)^2 E^T E), by torch's own normal law. Six dimensions, or sixteen of which eleven are used."""
     model = network(11, f"--width {width} --heads 1 --seq-len 4 --parameterization {kind}", torch.rand(11).log_softmax(-1),
                     torch.float64).eval()
     tokens, tau = torch.randint(11, (5, 4)), torch.rand(5, dtype=torch.float64) * 0.9
@@ -1809,8 +1810,8 @@ def test_bayes_rule_without_context_is_exact_in_every_state_space(width, kind):
 
 @pytest.mark.parametrize("kind", ["linear", "posterior"])
 def test_guidance_counts_what_context_adds(kind):
-    """Logits are Bayes' and 1 + w (1 - tau) times what the network adds to them, to float32 rounding of logits that reach 60;
-    known tokens stay certain. Where the network adds nothing, its output being Bayes' rule alone, guidance changes nothing."""
+    """Logits are Bayes' and 1 + w (1 - tau) times what the network adds, to float32 rounding of logits that reach 60; known
+    tokens stay certain. Where the network adds nothing, its output being Bayes' rule alone, guidance changes nothing."""
     model = network(11, f"--width 16 --seq-len 5 --parameterization {kind}", torch.rand(11).log_softmax(-1)).eval()
     state, tau, known = flm.start(model, flm.Rows(0, -1, range(6), 6)), torch.rand(6), torch.tensor([4, -1, -1, 2, -1])
     with torch.no_grad():
@@ -1828,7 +1829,7 @@ def test_guidance_counts_what_context_adds(kind):
 @pytest.mark.parametrize("kind", ["linear", "posterior"])
 def test_guidance_never_argues_with_what_both_are_certain_of(kind):
     """Late, the network and Bayes' rule name the same token; bounded logits of the one and unbounded ones of the other must
-    not turn their difference against it. The network here is as sure as its cap allows: 20 for the token that Bayes' rule names."""
+    not turn their difference against it. The network here is as sure as its cap allows: 20 for the token of Bayes' rule."""
     model = network(11, f"--width 16 --seq-len 40 --parameterization {kind}").eval()
     tokens = torch.randint(11, (50, 40))
     bayes = model.context_free()
