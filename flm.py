@@ -659,11 +659,12 @@ class Config(Network):
     out: str = setting("", "file for the samples; left out: standard output")
 
 
-SMALL = dict(condition_prob=0.1, cond_width=64, dropout=0.0, time_scale=100.0, optimizer="muon", lr=5e-3, decay=1.0,
-             warmup=100, ema=0.99, log_every=20)
+SMALL = dict(cond_width=64, dropout=0.0, time_scale=100.0, optimizer="muon", lr=5e-3, decay=1.0, warmup=100, ema=0.99,
+             log_every=20)
 PRESETS = {
     "words": SMALL | dict(tokenizer="chars", seq_len=16, packing=False, parameterization="posterior", depth=4, width=96,
-                          heads=3, lr=6e-3, max_steps=1600, batch_size=128, eval_every=400, eval_rows=256),
+                          heads=3, condition_prob=0.1, lr=6e-3, max_steps=1600, batch_size=128, eval_every=400,
+                          eval_rows=256),
     "sotu": SMALL | dict(tokenizer="bpe", vocab_size=4096, seq_len=64, depth=4, width=128, heads=4, lr=1e-2, max_steps=2000,
                          batch_size=32, eval_every=500, eval_rows=64),
     "lm1b": {},  # the paper's network and training, which are the defaults above
