@@ -1466,8 +1466,8 @@ def test_what_a_user_can_do_wrong_in_distilling_is_one_line(folder):
 
 
 def test_a_baseline_joins_the_run_of_a_flow_resumes_and_writes(folder, capsys):
-    """As many steps as the flow, in its network: less gain and mark, more the vector of a mask or start. Stopped and resumed it
-    ends in the same checkpoint; its texts are a function of the seed."""
+    """As many steps as the flow, in its network: less gain and mark, more the vector of a mask or start. Stopped and resumed
+    it ends in the same checkpoint; its texts are a function of the seed."""
     flm.main(shlex.split(f"--max-steps 4 {TINY} --run-dir whole --eval-every 3 --dropout 0.1"))
     shutil.copytree("whole", "parts")
     for kind in ("ar", "mdlm"):
