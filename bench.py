@@ -123,7 +123,7 @@ def rate(steps: dict[str, Step], repeats: int, device: torch.device, times: int 
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds[name].append((time.perf_counter() - start) / times)
-    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+    return {name: statistics.median(found[1:]) for name, found in seconds.items()}
 
 
 def peak(step: Step, device: torch.device) -> int:

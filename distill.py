@@ -164,7 +164,8 @@ def map_loss(objective: str, teacher: Callable | None) -> Callable:
 
     Where t = s, delta_{t,t} is held to the teacher's D_t or, without a teacher, to the tokens; elsewhere to the target of
     the objective. Cross-entropy less the target's entropy: nats a position from the target, 0 for the true map (but for
-    tokens, which keep theirs). lagrangian and eulerian journeys end by tau = .99; a sample asks for 1, just beyond.
+    tokens, which keep theirs) and for what a row is told. lagrangian and eulerian journeys end by tau = .99; a sample asks
+    for 1, just beyond.
     """
     def loss(model: nn.Module, tokens: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         odd = rows.index.start % 2

@@ -424,14 +424,15 @@ def main(argv: list[str]) -> None:
           f"{'':12}{'perplexity':>12}{'entropy':>10}{'distinct':>10}{'training':>10}{'held out':>10}{'as flow':>10}"
           f"{'seconds':>10}{'tokens/s':>12}\n{line('held out', report['heldout_text'])}", flush=True)
     samplers = {"flm": flm.sample, "fmlm": distill.sample, **baselines.SAMPLERS}
-    series = [(kind, kind, sample) for kind, sample in samplers.items() if kind in models]
+    several = sorted(set(args.steps), reverse=True)
+    series = [(kind, kind, sample, [corpus.seq_len] if kind == "ar" else several)
+              for kind, sample in samplers.items() if kind in models]
     if args.churn:
-        series.insert(1, ("flm+noise", "flm", partial(flm.sample, churn=args.churn)))
-    series += [(f"flm w={w:g}", "flm", partial(flm.sample, guidance=w)) for w in args.guidance]
+        series.insert(1, ("flm+noise", "flm", partial(flm.sample, churn=args.churn), several))
+    series += [(f"flm w={w:g}", "flm", partial(flm.sample, guidance=w), several[:1]) for w in args.guidance]
     flows = {}
-    for label, kind, sample in series:
-        several = sorted(set(args.steps), reverse=True)
-        for steps in [corpus.seq_len] if kind == "ar" else several[:1] if "=" in label else several:
+    for label, kind, sample, evaluations in series:
+        for steps in evaluations:
             runs = []
             for seed in report["seeds"]:
                 begin = time.perf_counter()

@@ -234,7 +234,7 @@ def sample(model: nn.Module, n: int, steps: int, seed: int, churn: float = 0.0, 
 
 
 def guided(model: nn.Module, w: float) -> Callable[..., Tensor]:
-    """The logits of a flow in which what context adds to Bayes' rule for each token alone counts 1 + w (1 - tau) times.
+    """The logits (B, L, V) of a flow in which what context adds to Bayes' rule for each token counts 1 + w (1 - tau) times.
 
     Guidance away from a weaker model (Karras et al. 2024), here the exact one that sees no context, as long as there is
     something to decide: in the end both are certain, and a network's certainty is bounded. Called as the model is, without a
@@ -469,7 +469,7 @@ class Transformer(nn.Module):
         return zeros.scatter_(-1, tokens_or_probs[..., None], 1.0)
 
     def told(self, tokens: Tensor, rows: Rows) -> Tensor | None:
-        """What the rows of a training batch (B, L) are told of their texts, or None."""
+        """What the rows of a training batch are told of their tokens: (B, L), -1 where unknown; None if nothing is."""
         if self.mark is None or not self.training:
             return None
         return rows.known(tokens, self.config.condition_prob, None if self.config.packing else self.tokenizer.end)
@@ -845,7 +845,7 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
 
     log = Log(folder, kind, first)
     bar = tqdm(total=config.max_steps, initial=first, unit="step", disable=rank() != 0, file=sys.stderr, mininterval=1)
-    history, bins, mark = [], torch.zeros(2, 10, device=device), time.perf_counter()
+    history, bins, since = [], torch.zeros(2, 10, device=device), time.perf_counter()
     if first >= config.max_steps:
         say(f"{folder / kind}.pt has all its {config.max_steps} steps: nothing is left to train")
     model.train()
@@ -879,7 +879,7 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
                 if not all(map(math.isfinite, pair)):
                     raise UserError(f"the loss of step {i} is not a number; {folder / kind}.pt keeps the last good step, if "
                                     "one was saved; try a smaller --lr")
-            (sums, counts), speed = total(bins).tolist(), len(values) * B * L / (time.perf_counter() - mark)
+            (sums, counts), speed = total(bins).tolist(), len(values) * B * L / (time.perf_counter() - since)
             mean_loss = sum(v[0] for v in values) / len(values)
             log.write(step=done, loss=mean_loss, lr=learning_rate(step, config), grad_norm=values[-1][1],
                       loss_by_tau=[s / c if c else None for s, c in zip(sums, counts)], tokens_per_s=round(speed))
@@ -899,7 +899,7 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
             say(f"step {done}: held-out loss {sum(by_tau) / 10:.4f} a position, by tenth of tau "
                 + " ".join(f"{x:.3f}" for x in by_tau) + "".join(f"\n    {text}" for text in texts))
         if not history:
-            mark = time.perf_counter()
+            since = time.perf_counter()
     bar.close()
     overwrite(params, ema)
     unshard(objective)

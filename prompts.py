@@ -55,8 +55,7 @@ def encode(tokenizer: Tokenizer, text: str, mask_char: str) -> list[int]:
     ids = []
     for i, piece in enumerate(pieces):
         if i % 2:
-            count = min(int(piece or 1), 10**6)  # more than any row has
-            ids += [-1] * count
+            ids += [-1] * min(int(piece or 1), 10**6)  # more than any row has
         else:  # the space before a word is the first character of its token
             ids += tokenizer.encode([piece if i + 1 == len(pieces) and mask_char else piece.rstrip(" ")])[0]
     return ids
