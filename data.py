@@ -350,11 +350,11 @@ def tokenise_in_worker(batch: Batch) -> list[tuple[str, int, np.ndarray]]:
 
 @contextmanager
 def no_interrupts() -> Iterator[None]:
-    """Processes that are started in here never hear of Ctrl-C, which is their parent's to deal with."""
+    """Processes that are started in here never hear of Ctrl-C or SIGTERM, which are their parent's to deal with."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:

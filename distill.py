@@ -359,7 +359,6 @@ def main(argv: list[str]) -> None:
 
     if config.objective == "two-stage":
         half = replace(training, max_steps=-(-config.max_steps // 2))
-        half.resume = config.resume and (folder / "correction.pt").exists()
         correction = student(Correction, half, flow, "correction", new=False).to(device)
         flm.train(correction, correction_loss(teacher), corpus, half, "correction",
                   lambda model, n, steps, seed: sample(model, n, 1, seed, delta=lambda model, known: corrected(
@@ -367,8 +366,7 @@ def main(argv: list[str]) -> None:
         if 0 < config.stop_after <= half.max_steps:
             return
         training = replace(training, max_steps=config.max_steps - half.max_steps,
-                           stop_after=max(0, config.stop_after - half.max_steps),
-                           resume=config.resume and (folder / "fmlm.pt").exists())
+                           stop_after=max(0, config.stop_after - half.max_steps))
         loss = regression_loss(correction.requires_grad_(False), teacher)
     else:
         loss = map_loss(config.objective, teacher)

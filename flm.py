@@ -32,8 +32,8 @@ import data
 import prompts
 import sources
 from parallel import distribute, gradients, like, load_optimizer, reshard, to_save, unshard, whole
-from run import (Log, clear, first_does, first_line, guard, lasting, open_folder, parse, program, rank,
-                 read_checkpoint, say, setting, setup, total, validate, world, write_checkpoint, write_settings)
+from run import (Log, clear, first_does, first_line, guard, lasting, open_folder, parse, program, rank, read_checkpoint, say,
+                 setting, setup, stop, total, validate, world, write_checkpoint, write_settings)
 from sources import UserError
 
 # ------------------------------------------------------------------------------------------------------ 1. The clock
@@ -636,6 +636,7 @@ class Config(Network):
                             "all", 0)
     seed: int = setting(0, "of weights, data order, times and noise; of the noise with --sample", 0, 2**62)
 
+    skip_bad_steps: int = setting(0, "steps whose loss or gradient is not a number to pass over before giving up", 0)
     log_every: int = setting(100, "steps from one log line to the next", 1)
     eval_every: int = setting(5000, "steps from one held-out loss, samples and checkpoint to the next", 1)
     eval_rows: int = setting(1024, "held-out rows of an evaluation during training; the last one takes them all", 1)
@@ -805,18 +806,19 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
     K.log.jsonl, K.samples.txt and, at the end, K.loss.png in the run folder, K being `kind`. The model is left with its
     average weights. sample(model, n, steps, seed) -> tokens (n, L) shows progress.
 
-    Raises UserError, and saves nothing more, if the loss or its gradient stops being a number.
+    Raises UserError, and saves nothing more, if the loss explodes or stops being a number, and KeyboardInterrupt, once the
+    step is done and saved, if a signal came.
     """
     from tqdm import tqdm
 
-    folder, device, saved = Path(config.run_dir), model.device, None
-    if config.resume:
-        saved = read_checkpoint(folder / f"{kind}.pt")
+    path, device, saved = Path(config.run_dir, f"{kind}.pt"), model.device, None
+    if config.resume and (path.exists() or path.with_suffix(".prev.pt").exists()):  # else it was cut off before a save
+        saved = read_checkpoint(path)
         if not saved["source"]:
-            raise UserError(f"{folder / kind}.pt: was converted, without what its optimizer needs to go on; distil it, or "
-                            "train anew in another --run-dir")
+            raise UserError(f"{path}: was converted, without what its optimizer needs to go on; distil it, or train anew in "
+                            "another --run-dir")
         if (saved["source"], saved["tokenizer"]) != (corpus.meta["source"], corpus.tokenizer.checksum):
-            raise UserError(f"{folder}: --dataset {config.dataset} is not the text that this run was begun with")
+            raise UserError(f"{path.parent}: --dataset {config.dataset} is not the text that this run was begun with")
     if config.compile and device.type == "cuda":
         if config.shard:  # part by part, as they are gathered
             for part in (*model.blocks, model.norm):
@@ -836,20 +838,21 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
             for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
                 load_optimizer(optimizer, state)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / kind}.pt: does not fit this run ({first_line(error)})") from None
+        raise UserError(f"{path}: does not fit this run ({first_line(error)}); train anew with --overwrite") from None
     del saved
     last = max(first, min(config.max_steps, config.stop_after or config.max_steps))
     B, L, local = config.batch_size, config.seq_len, config.batch_size // world()
     most = rows_at_once(model)
     micro = config.micro_batch_size or next(m for m in range(local, 0, -1) if local % m == 0 and m <= most)
 
-    log = Log(folder, kind, first)
+    log = Log(path.parent, kind, first)
     bar = tqdm(total=config.max_steps, initial=first, unit="step", disable=rank() != 0, file=sys.stderr, mininterval=1)
     history, bins, since = [], torch.zeros(2, 10, device=device), time.perf_counter()
+    least, skipped, kept, stopped = math.inf, 0, f"{path} holds step {first}" if first else "none was saved yet", False
     if first >= config.max_steps:
-        say(f"{folder / kind}.pt has all its {config.max_steps} steps: nothing is left to train")
+        say(f"{path} has all its {config.max_steps} steps: nothing is left to train")
     model.train()
-    for step in range(first, last):
+    for step in stop.hold(range(first, last)):
         torch.manual_seed(mix(config.seed, 2, step, rank()))  # dropout
         mean = torch.zeros((), device=device)
         for start in range(rank() * local, (rank() + 1) * local, micro):
@@ -860,8 +863,13 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
                 (nll.mean() * micro / local).backward()
             nll = nll.detach()
             mean += nll.mean() * micro / local
-            bins.index_add_(1, (tau * 10).long().clamp(max=9), torch.stack([nll, torch.ones_like(nll)]))
+            finite = nll.isfinite()
+            bins.index_add_(1, (tau * 10).long().clamp(max=9), torch.stack([nll.where(finite, 0), finite.to(nll)]))
         norm = whole(nn.utils.clip_grad_norm_(params, config.clip or math.inf))  # of the whole batch: backward summed it
+        if config.skip_bad_steps:
+            for p in params:
+                if p.grad is not None:
+                    p.grad.copy_(torch.where(norm.isfinite(), p.grad, 0))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config)
@@ -871,27 +879,44 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
         history.append(torch.stack([mean, norm]))
         bar.update()
 
-        done = step + 1
+        done, stopped = step + 1, stop.asked()
         evaluate = done % config.eval_every == 0 or done == config.max_steps
-        if done % config.log_every == 0 or evaluate or done == last:  # the only place that waits for the device
+        save = evaluate or stopped or done == last
+        if done % config.log_every == 0 or save:  # the only place that waits for the device
             values = (total(torch.stack(history)) / world()).tolist()
-            for i, pair in enumerate(values, start=done - len(values)):
-                if not all(map(math.isfinite, pair)):
-                    raise UserError(f"the loss of step {i} is not a number; {folder / kind}.pt keeps the last good step, if "
-                                    "one was saved; try a smaller --lr")
+            good = [pair for pair in values if all(map(math.isfinite, pair))]
+            skipped += len(values) - len(good)
+            if skipped > config.skip_bad_steps:
+                bad = next(i for i, pair in enumerate(values, start=done - len(values)) if pair not in good)
+                raise UserError(f"the loss of step {bad}, or its gradient, is not a number; {kept}; try a smaller --lr, or "
+                                f"--resume --skip-bad-steps {10 + config.skip_bad_steps}")
+            loss_now = sum(nats for nats, _ in good) / len(good) if good else math.nan
+            if loss_now > 10 * abs(least) + math.log(model.V):
+                raise UserError(f"the loss has exploded, from {least:.3g} to {loss_now:.3g} in the steps before {done}; "
+                                f"{kept}; try a smaller --lr")
+            least = min(least, loss_now)
             (sums, counts), speed = total(bins).tolist(), len(values) * B * L / (time.perf_counter() - since)
-            mean_loss = sum(v[0] for v in values) / len(values)
-            log.write(step=done, loss=mean_loss, lr=learning_rate(step, config), grad_norm=values[-1][1],
+            log.write(step=done, loss=loss_now if good else None, lr=learning_rate(step, config),
+                      grad_norm=good[-1][1] if good else None, skipped=skipped,
                       loss_by_tau=[s / c if c else None for s, c in zip(sums, counts)], tokens_per_s=round(speed))
-            bar.set_postfix_str(f"loss {mean_loss:.3f}, {speed / 1000:.1f}k tokens/s")
+            bar.set_postfix_str(f"loss {loss_now:.3f}, {speed / 1000:.1f}k tokens/s")
             history, bins = [], torch.zeros_like(bins)
-        if evaluate or done == last:
+        if save:
             state = to_save(dict(model=model.state_dict(), ema=ema, optimizers=[o.state_dict() for o in optimizers]))
-        if (evaluate or done == last) and rank() == 0:
-            write_checkpoint(folder / f"{kind}.pt", state | dict(
-                kind=kind, config=lasting(config) | {"dataset": Path(config.dataset).name, "data_dir": ""},
-                source=corpus.meta["source"], tokenizer=model.tokenizer.checksum, log_p=model.log_p, step=done))
+            try:
+                if rank() == 0:
+                    write_checkpoint(path, state | dict(
+                        kind=kind, config=lasting(config) | {"dataset": Path(config.dataset).name, "data_dir": ""},
+                        source=corpus.meta["source"], tokenizer=model.tokenizer.checksum, log_p=model.log_p, step=done))
+                kept = f"{path} holds step {done}"
+            except UserError as error:
+                if stopped or done == last:
+                    raise
+                say(f"{error}; tries again at the next save")
+        if stopped:
+            break
         if evaluate:
+            stop.let()
             with weights(objective, ema):
                 by_tau = held_out_loss(model, loss, corpus, config.eval_rows if done < config.max_steps else sys.maxsize)
                 texts = to_lines(model, sample(model, 4, 16, config.seed))
@@ -901,11 +926,13 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
         if not history:
             since = time.perf_counter()
     bar.close()
+    if stopped:
+        raise KeyboardInterrupt(f"stopped; {kept}, --resume goes on")
     overwrite(params, ema)
     unshard(objective)
     model.eval()
     if rank() == 0 and last == config.max_steps:
-        log.plot(folder / f"{kind}.loss.png")
+        log.plot(path.with_suffix(".loss.png"))
 
 
 # -------------------------------------------------------------------------------------------------- 7. Command line
@@ -1019,8 +1046,8 @@ def main(argv: list[str]) -> None:
     model = build(config, corpus.tokenizer, corpus.log_p).to(device)
     if rank() == 0 and not config.resume:
         clear(Path(config.run_dir), "flm", "fmlm", "correction")  # a map distilled from the old flow goes with it
-        write_settings(config, "flm")
         corpus.tokenizer.save(Path(config.run_dir) / "tokenizer.json")
+        write_settings(config, "flm")
     say(f"{config.dataset}: {corpus.blocks('train')} rows of {config.seq_len} tokens to train on, "
         f"{'none (too little text)' if corpus.borrowed else corpus.blocks('heldout')} held out, V = {model.V}; "
         f"{config.parameterization} network, "

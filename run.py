@@ -10,10 +10,14 @@ import json
 import math
 import os
 import shutil
+import signal
+import socket
 import sys
 import tempfile
+import threading
+import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import Field, asdict, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +31,7 @@ from sources import UserError
 # Flags that may differ from those a run was begun with, and are not kept with it: they decide no weight (but for rounding,
 # which follows device and threads).
 FREE = {"run_dir", "data_url", "device", "threads", "shard", "resume", "overwrite", "stop_after", "sample", "sample_steps",
-        "num_samples", "churn", "guidance", "renoise", "prompt", "infill", "mask_char", "out"}
+        "num_samples", "churn", "guidance", "renoise", "prompt", "infill", "mask_char", "out", "skip_bad_steps"}
 
 
 # -------------------------------------------------------------------------------------------------------------- flags
@@ -91,6 +95,13 @@ def world() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def machine() -> int:
+    return int(os.environ.get("GROUP_RANK", 0))
+
+
+processes: list[list[int]] = []  # of each rank, its machine and the number of its process there
+
+
 def setup(kind: str, threads: int) -> torch.device:
     """Sets the number of threads, chooses the device and, under torchrun, joins the process group."""
     keep_memory()
@@ -104,8 +115,12 @@ def setup(kind: str, threads: int) -> torch.device:
     if kind == "cuda":
         torch.cuda.set_device(device)
     if world() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None,
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+                                device_id=device if kind == "cuda" else None,
                                 timeout=timedelta(days=1))  # one process may tokenise for hours while the others wait
+        places = torch.zeros(world(), 2, dtype=torch.long)
+        places[rank()] = torch.tensor([machine(), os.getpid()])
+        processes[:] = total(places).tolist()
     return device
 
 
@@ -146,32 +161,195 @@ def say(text: str) -> None:
         tqdm.write(text, file=sys.stderr)
 
 
+# ------------------------------------------------------------------------------------------------------------ signals
+
+PATIENCE = 8.0  # seconds that a process has to end by itself when it was told to
+
+
+class Stop:
+    """Hears Ctrl-C, SIGTERM and SIGHUP. The first one raises KeyboardInterrupt or, in the steps of a training loop, waits
+    for it to ask. A second one, or PATIENCE seconds, end the process wherever it is, unless it is saving."""
+
+    def __init__(self):
+        self.signal, self.waits, self.saving, self.question = 0, False, False, None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        signals = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]  # as under nohup
+        self.__init__()
+        ear, mouth = socket.socketpair()
+        mouth.setblocking(False)
+        other = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
+        before = {number: signal.signal(number, self.hear) for number in signals}
+        watch = threading.Thread(target=self.watch, args=(ear,), daemon=True)
+        watch.start()
+        try:
+            yield
+        finally:
+            for number in signals:
+                signal.signal(number, before[number])
+            signal.set_wakeup_fd(other)
+            mouth.close()
+            watch.join()
+            ear.close()
+
+    def hear(self, number: int, frame) -> None:
+        if not self.signal:
+            self.signal = number
+            if not self.waits:
+                raise KeyboardInterrupt
+
+    def watch(self, ear: socket.socket) -> None:
+        """The thread that hears what the main one cannot, in the middle of a long computation."""
+        if not (first := ear.recv(1)):  # the end of listening
+            return
+        end, more = time.monotonic() + PATIENCE, None
+        ear.settimeout(0.1)
+        while more is None and (self.saving or time.monotonic() < end):
+            with contextlib.suppress(TimeoutError):
+                more = ear.recv(1)
+        if more != b"":
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nended at once; what was saved is whole\n")
+            os._exit(128 + first[0])
+
+    def hold(self, steps: Iterable[int]) -> Iterator[int]:
+        """Goes through steps that a signal does not break into."""
+        self.question = None
+        for step in steps:
+            self.waits = True
+            yield step
+        self.let()
+
+    def let(self) -> None:
+        """From here on, until the next step, a signal may break in."""
+        self.waits = False
+        if self.signal:
+            raise KeyboardInterrupt
+
+    def asked(self) -> bool:
+        """Whether a signal has come to any process. Of several, all hear of it in the same step, which is one later, as
+        then none has to wait for the answer."""
+        if world() == 1:
+            return self.signal > 0
+        number, answer = torch.tensor(self.signal), self.question
+        self.question = number, dist.all_reduce(number, dist.ReduceOp.MAX, async_op=True)
+        if answer is None:
+            return False
+        answer[1].wait()
+        self.signal = max(self.signal, int(answer[0]))
+        return int(answer[0]) > 0
+
+
+stop = Stop()
+
+
+class Unheard:
+    """Standard error that drops what nobody is there to read: a closed terminal ends no training."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+
+@contextlib.contextmanager
+def streams() -> Iterator[None]:
+    """Standard output that takes any character, and standard error that takes anything; a closed one becomes the null
+    device, or the next file to be opened would have its number and what is printed."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    with contextlib.redirect_stderr(Unheard(sys.stderr)):
+        yield
+
+
 def guard(main: Callable[[list[str]], None], resumes: bool = False) -> int:
     """Runs a command line, one that resumes or not, and returns its exit status; what the user can mend is one line and
     status 2."""
-    try:
-        main(sys.argv[1:])
-        if dist.is_initialized():
-            dist.barrier()  # who leaves first takes the connections of the others with it
-    except UserError as error:
-        if local_rank() == 0:  # a fault may be one machine's own, so each says it once
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        say("interrupted" + "; --resume goes on from the last checkpoint, the same command if there is none" * resumes)
-        return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
+    with streams(), stop.listening():
+        try:
+            status = 0
+            main(sys.argv[1:])
+            if dist.is_initialized():
+                dist.barrier()  # who leaves first takes the connections of the others with it
+            sys.stdout.flush()
+        except (Exception, KeyboardInterrupt) as error:
+            stop.waits = True  # no second one while the first is dealt with
+            status, line = fault(error, resumes)
+            if line:
+                print(line, file=sys.stderr)
+        if dist.is_initialized():  # threads of gloo may outlive the interpreter's end, and abort it
+            sys.stderr.flush()
+            os._exit(status)
+    return status
+
+
+def fault(error: BaseException, resumes: bool) -> tuple[int, str]:
+    """The exit status and the line that tell what went wrong. Raises what is nobody's fault but the program's."""
+    name, text = Path(sys.argv[0]).name, str(error)
+    if isinstance(error, UserError):
+        return 2, f"{name}: {error}" * (local_rank() == 0)  # a fault may be one machine's own, so each says it once
+    if isinstance(error, BrokenPipeError):  # | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + 13, ""
+    if isinstance(error, (KeyboardInterrupt, RuntimeError)) and (gone := lost(error)):
+        hint = "; --resume goes on from the last checkpoint" * resumes
+        return 1, f"{name}: {gone} has ended, and so does rank {rank()}{hint}"
+    if isinstance(error, KeyboardInterrupt):
+        hint = "interrupted" + "; --resume goes on from the last checkpoint, the same command if there is none" * resumes
+        return 128 + (stop.signal or signal.SIGINT), (text or hint) * (rank() == 0)
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and (
+            isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text):
+        return 2, f"{name}: out of memory ({first_line(error)}); give a smaller --micro-batch-size, or see README.md"
+    if isinstance(error, OSError) and error.strerror:
+        return 2, f"{name}: {error.filename or 'standard output'}: {error.strerror}; make room there, or name another place"
+    raise error
+
+
+def lost(error: BaseException) -> str:
+    """Which process has left this one without an answer: its rank, if it was on this machine; "" if none has."""
+    def gone(pid: int) -> bool:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
+    ranks = [i for i, (place, pid) in enumerate(processes) if place == machine()]
+    broken = isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))
+    end = time.monotonic() + 5 * broken  # torchrun takes a while to bury it
+    while len(processes) > 1:
+        if dead := [str(i) for i in ranks if gone(processes[i][1])]:
+            return f"rank {', '.join(dead)}"
+        if time.monotonic() >= end:
+            return "a process on another machine" * (broken and len(ranks) < len(processes))
+        time.sleep(0.1)
+    return ""
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
 
 
 def write_checkpoint(path: Path, content: dict) -> None:
-    """Replaces K.pt whole or not at all, whenever it is cut off; what K.pt held before stays as K.prev.pt."""
+    """Replaces K.pt whole or not at all, whenever it is cut off; what K.pt held before stays as K.prev.pt.
+
+    Raises UserError where it cannot be written.
+    """
     part, spare = path.with_suffix(".part"), path.with_suffix(".prev.pt")
+    stop.saving = True
     try:
         with open(part, "wb") as file:
             torch.save(content, file)
@@ -185,7 +363,12 @@ def write_checkpoint(path: Path, content: dict) -> None:
                 shutil.copyfile(path, spare)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot be written ({first_line(error)}); what it held before is whole") from None
+        with contextlib.suppress(OSError):  # it may be what fills the disk
+            part.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({first_line(error)}); what it held before is whole; make room for "
+                        "it, or mend its folder's permissions") from None
+    finally:
+        stop.saving = False
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -195,7 +378,8 @@ def read_checkpoint(path: Path) -> dict:
     """
     if not path.is_file():
         if config_file(path.parent, path.stem).exists():
-            raise UserError(f"{path}: this run has saved no checkpoint yet; give the command that began it once more")
+            raise UserError(f"{path}: this run has saved no checkpoint yet; give the command that began it once more, or "
+                            "--resume")
         raise UserError(f"{path}: no such checkpoint; train one first: {program(path.stem)} --run-dir {path.parent}")
     try:
         verify(path)
@@ -246,7 +430,15 @@ def clear(folder: Path, *kinds: str) -> None:
 
 
 def write_settings(config, kind: str) -> None:
-    config_file(Path(config.run_dir), kind).write_text(json.dumps(lasting(config), indent=1))
+    """The last file of a run that begins: with it, --resume goes on."""
+    replace_file(config_file(Path(config.run_dir), kind), json.dumps(lasting(config), indent=1))
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a small file whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
 
 
 def read_settings(folder: Path, kind: str, Config: type) -> dict:
@@ -269,14 +461,16 @@ def read_settings(folder: Path, kind: str, Config: type) -> dict:
 def open_folder(settings: dict, given: set[str], kind: str, Config: type) -> dict:
     """Makes the run folder ready for a K = `kind` and returns the settings: those it was begun with if resuming.
 
-    Raises UserError if the folder cannot be written, holds a run that is not to be overwritten, or was begun otherwise.
+    Raises UserError if the folder cannot be written, is another process's, holds a run that is not to be overwritten, or was
+    begun otherwise.
     """
     folder = Path(settings["run_dir"])
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); give another --run-dir") from None
+        lock(folder)
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        raise UserError(f"{folder}: cannot be written ({first_line(error)}); give another --run-dir") from None
     if settings["resume"] and settings["overwrite"]:
         raise UserError("--resume and --overwrite exclude each other; give one")
     if not settings["resume"]:
@@ -296,6 +490,21 @@ def open_folder(settings: dict, given: set[str], kind: str, Config: type) -> dic
     return settings | stored
 
 
+locks: dict[Path, object] = {}  # of the folders in which this process trains
+
+
+def lock(folder: Path) -> None:
+    """Keeps a folder for the first process of a run, until it ends in whatever way. Raises UserError if it is taken."""
+    if rank() == 0:
+        from filelock import FileLock, Timeout
+
+        try:
+            locks.setdefault(folder.resolve(), FileLock(folder / ".lock")).acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"{folder}: another process is training there; wait for it, end it, or give another --run-dir"
+                            ) from None
+
+
 def lasting(config) -> dict:
     """The settings that decide the weights: what config.json and checkpoints keep."""
     return {name: value for name, value in asdict(config).items() if name not in FREE}
@@ -304,34 +513,53 @@ def lasting(config) -> dict:
 class Log:
     """K.log.jsonl, one JSON object a line, and the texts among them as K.samples.txt.
 
-    Resuming from `step` drops what came after it. Only the first process reads or writes.
+    Resuming from `step` drops what came after it. Only the first process reads or writes; where the disk is full it says so,
+    and the next line brings those that are missing.
     """
 
     def __init__(self, folder: Path, kind: str, step: int):
         self.path, self.samples, self.lines = folder / f"{kind}.log.jsonl", folder / f"{kind}.samples.txt", []
         if rank() == 0:
-            old = self.path.read_text(encoding="utf-8").splitlines() if step and self.path.exists() else []
-            for path in (self.path, self.samples):
-                path.write_text("")
-            for line in old:
-                try:
-                    line = json.loads(line)
-                except ValueError:  # cut off in the middle
-                    break
-                if line["step"] <= step:
-                    self.write(**line)
+            with contextlib.suppress(OSError):
+                for line in self.path.read_bytes().splitlines() if step else ():
+                    try:
+                        line = json.loads(line)
+                        if line["step"] <= step:
+                            self.lines.append(line)
+                    except (ValueError, KeyError, TypeError):  # cut off in the middle
+                        break
+            self.written = 0
+            self.save()
 
     def write(self, **line) -> None:
         if rank() == 0:
             self.lines.append(line)
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-            if "samples" in line:
-                with open(self.samples, "a", encoding="utf-8") as file:
-                    file.write(f"step {line['step']}\n" + "".join(f"    {text}\n" for text in line["samples"]))
+            self.save()
+
+    def save(self) -> None:
+        new, append = self.lines[self.written :], self.written > 0
+        shown = [f"step {line['step']}\n" + "".join(f"    {text}\n" for text in line["samples"]) for line in new
+                 if "samples" in line]
+        try:
+            self.written = 0  # until all is
+            for path, text in (self.path, "".join(json.dumps(line) + "\n" for line in new)), (self.samples, "".join(shown)):
+                if append:
+                    with open(path, "a", encoding="utf-8") as file:
+                        file.write(text)
+                else:
+                    replace_file(path, text)
+            self.written = len(self.lines)
+        except OSError as error:
+            say(f"{error.filename or self.path}: cannot be written ({error.strerror}); tries again at the next line")
 
     def plot(self, path: Path) -> None:
         """Loss over steps, and the last held-out loss by tenth of tau."""
+        try:
+            self.draw(path)
+        except Exception as error:  # a picture is not worth a run
+            say(f"{path}: could not be drawn ({first_line(error)})")
+
+    def draw(self, path: Path) -> None:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(10, 4), layout="constrained")
