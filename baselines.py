@@ -18,7 +18,7 @@ from torch import Tensor
 import flm
 import join
 from flm import Rows, Transformer
-from run import clear, guard, rank, say, setting, world, write_settings
+from run import clear, guard, rank, say, setting, unlocks, world, write_settings
 
 # ----------------------------------------------------------------------------------------------- 1. Autoregressive
 
@@ -117,7 +117,7 @@ class Config(flm.Config):
     model: str = setting("mdlm", "autoregressive, or masked diffusion", choices=tuple(LOSSES))
     parameterization: str = setting("linear", "")  # both read embeddings
     run_dir: str = setting("runs/words", "folder of a run of flm.py")
-    sample_steps: int = setting(64, "network evaluations for a text of mdlm", 1)
+    sample_steps: int = setting(64, "network evaluations for a text of mdlm", 1, 2**20)
     churn: float = setting(0.0, "")  # for flows, as the next
     guidance: float = setting(0.0, "")
 
@@ -127,6 +127,7 @@ def command_line(argv: list[str]) -> tuple[dict, set[str]]:
     return join.command_line(argv, Config, __doc__, changed)
 
 
+@unlocks()
 def main(argv: list[str]) -> None:
     settings, given = command_line(argv)
     kind = settings["model"]

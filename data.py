@@ -43,7 +43,7 @@ SAVE_EVERY = 64  # batches, of a MiB or so, that an interruption costs at most
 LARGE = 2**24  # bytes of text from which on it is tokenised by one process a core
 MOST_WORKERS = 8  # processes, of some 200 MiB each
 VOCABULARY = 2**23  # characters of training text that a bpe vocabulary is made from, at most: they may need 2 GB
-FORMAT = 3  # of the token files; part of their hash
+FORMAT = 4  # of the token files; part of their hash
 
 
 def documents(source: Source) -> Iterator[Batch]:
@@ -246,7 +246,11 @@ class Corpus:
                 order, cut = shuffle(self.seed, int(epoch), n)
                 start[here] = order[place[here] % n] * L + (cut % len(tokens) if self.packing else 0)
         index = (start[:, None] + np.arange(L)) % len(tokens)
-        out = torch.from_numpy(tokens[index].astype(np.int64))
+        ids = tokens[index].astype(np.int64)
+        if ids.max(initial=0) >= self.tokenizer.vocab_size:
+            raise UserError(f"{getattr(tokens, 'filename', split)}: damaged, it holds a token beyond the vocabulary; remove "
+                            "its folder, and the next run makes it again")
+        out = torch.from_numpy(ids)
         return F.pad(F.pad(out, (1, 0), value=self.tokenizer.begin), (0, 1), value=self.tokenizer.end) if self.frame else out
 
 
@@ -304,6 +308,11 @@ class Writer:
     def close(self) -> None:
         for file in self.files.values():
             file.close()
+
+
+def checksums(folder: Path) -> dict[str, int]:
+    """Of the small files of a corpus; the token files, which may have gigabytes, are checked as they are read."""
+    return {name: zlib.crc32((folder / name).read_bytes()) for name in ("tokenizer.json", "counts.npz")}
 
 
 def read_counts(folder: Path) -> dict | None:
@@ -430,15 +439,20 @@ def prepare(dataset: str, tokenizer: str, seq_len: int, packing: bool, seed: int
         write_corpus(folder, source, settings, vocab_size, data_dir or dataset)
     try:
         meta = json.loads((folder / "meta.json").read_text())
+        if meta["checksums"] != checksums(folder) or settings | meta != meta:
+            raise ValueError("they are not what meta.json says")
         tokens = Tokenizer(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
         dtype = token_type(tokens.vocab_size)
         splits = {split: np.memmap(folder / f"{split}.bin", dtype, mode="r", shape=(n,)) if n else np.empty(0, dtype)
-                  for split, n in meta["tokens"].items()}
+                  for split, n in ((split, meta["tokens"][split]) for split in ("train", "heldout"))}
+        if any((folder / f"{split}.bin").stat().st_size != ids.nbytes for split, ids in splits.items()):
+            raise ValueError("there are more or fewer tokens than meta.json says")
         counts = read_counts(folder)["counts"]
     except UserError:
         raise
     except Exception as error:  # `tokenizers` raises bare Exception
-        raise UserError(f"{folder}: damaged token files ({type(error).__name__}: {error}); remove the folder") from None
+        raise UserError(f"{folder}: damaged token files ({type(error).__name__}: {str(error)[:200]}); remove the folder, "
+                        "and the next run makes it again") from None
     corpus = Corpus(tokens, splits, meta, torch.empty(0), seq_len, packing, seed, batch_size, False)
     borrowed = [split for split in splits if not corpus.blocks(split)]
     if len(borrowed) == 2:
@@ -485,5 +499,5 @@ def fill(folder: Path, source: Source, settings: dict, vocab_size: int, place: s
             raise UserError(f"{place}: no text in it; give a file with one document a line")
         make_tokenizer(settings["tokenizer"], source, vocab_size).save(folder / "tokenizer.json")
     done = write_tokens(folder, source, settings["seq_len"])
-    meta = settings | {"vocab_size": len(done.counts), "tokens": done.tokens, "documents": done.documents}
+    meta = {"tokens": done.tokens, "documents": done.documents, "checksums": checksums(folder)} | settings
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))

@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import flm
 import join
 from flm import Clock, Rows, Transformer
-from run import clear, flag, guard, rank, say, setting, world, write_settings
+from run import clear, flag, guard, rank, say, setting, unlocks, world, write_settings
 from sources import UserError
 
 Delta = Callable[[Tensor, Tensor, Tensor], Tensor]  # (state, tau_s (B,), tau_t (B,)) -> delta_{s,t} (B, L, V)
@@ -277,7 +277,7 @@ class Config(flm.Config):
     dropout: float = setting(0.0, "on the residual branches", 0, 1)
     taught: int = setting(0, "")  # fingerprint of the teacher
     run_dir: str = setting("runs/words", "folder of a finished run of flm.py")
-    sample_steps: int = setting(1, "network evaluations for a text", 1)
+    sample_steps: int = setting(1, "network evaluations for a text", 1, 2**20)
 
 
 PRESETS = {"words": dict(max_steps=1000, lr=4e-3),  # for 5 minutes on two slow cores
@@ -324,6 +324,7 @@ def student(make: type, config: flm.Config, flow: Transformer, kind: str, new: b
     return model
 
 
+@unlocks()
 def main(argv: list[str]) -> None:
     settings, given = command_line(argv)
     folder = Path(settings["run_dir"])

@@ -33,7 +33,7 @@ import prompts
 import sources
 from parallel import distribute, gradients, like, load_optimizer, reshard, to_save, unshard, whole
 from run import (Log, clear, first_does, first_line, guard, lasting, open_folder, parse, program, rank, read_checkpoint, say,
-                 setting, setup, stop, total, validate, world, write_checkpoint, write_settings)
+                 setting, setup, stop, total, unlocks, validate, world, write_checkpoint, write_settings)
 from sources import UserError
 
 # ------------------------------------------------------------------------------------------------------ 1. The clock
@@ -594,15 +594,15 @@ class Network:
     data_dir: str = setting("", "lm1b's tarball, or a folder with its files, or with owt's as parquet or text; left out: "
                             "downloaded")
     tokenizer: str = setting("bert-base-uncased", "how text becomes tokens", choices=data.TOKENIZERS)
-    vocab_size: int = setting(4096, "size of the bpe vocabulary, end token included", 2)
-    seq_len: int = setting(128, "positions in a sequence (L)", 1)
+    vocab_size: int = setting(4096, "size of the bpe vocabulary, end token included", 2, 2**20)
+    seq_len: int = setting(128, "positions in a sequence (L)", 1, 2**20)
     packing: bool = setting(True, "join documents and cut blocks of L, instead of one padded document a row")
 
     parameterization: str = setting("linear", "how the network reads its state", choices=("linear", "posterior"))
-    depth: int = setting(12, "blocks", 0)
-    width: int = setting(768, "D", 2)
-    heads: int = setting(12, "attention heads", 1)
-    cond_width: int = setting(128, "width of the time embedding", 1)
+    depth: int = setting(12, "blocks", 0, 2**10)
+    width: int = setting(768, "D", 2, 2**16)
+    heads: int = setting(12, "attention heads", 1, 2**12)
+    cond_width: int = setting(128, "width of the time embedding", 1, 2**16)
     dropout: float = setting(0.1, "on the residual branches", 0, 1)
     condition_prob: float = setting(0.0, "share of training rows that are told some of their tokens, for --prompt and "
                                     "--infill", 0, 1)
@@ -618,7 +618,7 @@ class Config(Network):
     """All settings; each field is a flag. The defaults are the paper's network and training, PRESETS change them."""
 
     max_steps: int = setting(1_000_000, "steps of training", 1)
-    batch_size: int = setting(512, "rows a step, over all processes and micro-batches", 1)
+    batch_size: int = setting(512, "rows a step, over all processes and micro-batches", 1, 2**20)
     micro_batch_size: int = setting(0, "rows a process holds at once; 0: at most 32768 tokens, and 1 GiB or a twelfth of a "
                                    "GPU's memory for their logits", 0)
     optimizer: str = setting("adamw", "muon: Muon for the matrices of the blocks, AdamW for the rest",
@@ -644,16 +644,16 @@ class Config(Network):
     data_url: str = setting("", "where to download lm1b from; left out: its own site")
     run_dir: str = setting("", "folder of the run; left out: runs/DATASET")
     device: str = setting("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
-    threads: int = setting(0, "CPU threads a process; 0: torch's choice", 0)
+    threads: int = setting(0, "CPU threads a process; 0: torch's choice", 0, 2**10)
     resume: bool = setting(False, "go on with the run in the folder")
     overwrite: bool = setting(False, "train anew in a folder that holds a run")
     stop_after: int = setting(0, "stop and save after this step, as if interrupted; 0: go to the end", 0)
     sample: bool = setting(False, "write samples of a trained model, one a line, instead of training")
-    sample_steps: int = setting(64, "network evaluations for a text", 1)
+    sample_steps: int = setting(64, "network evaluations for a text", 1, 2**20)
     churn: float = setting(0.0, "fresh noise in the steps of --sample: 0, the flow itself; 1, as ancestral sampling", 0)
     guidance: float = setting(0.0, "w in --sample: what context adds counts 1 + w times at first, once in the end; 0, the "
                               "flow itself", 0)
-    num_samples: int = setting(16, "texts to write", 1)
+    num_samples: int = setting(16, "texts to write", 1, 2**24)
     prompt: str = setting("", "how the texts of --sample begin")
     infill: str = setting("", "a text with gaps for --sample to fill, con____ion or, of word pieces, the [MASK:2] of")
     mask_char: str = setting("_", "character that stands for an unknown one in --infill")
@@ -888,7 +888,7 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
             skipped += len(values) - len(good)
             if skipped > config.skip_bad_steps:
                 bad = next(i for i, pair in enumerate(values, start=done - len(values)) if pair not in good)
-                raise UserError(f"the loss of step {bad}, or its gradient, is not a number; {kept}; try a smaller --lr, or "
+                raise UserError(f"the loss of step {bad} or its gradient is not a number; {kept}; try a smaller --lr, or "
                                 f"--resume --skip-bad-steps {10 + config.skip_bad_steps}")
             loss_now = sum(nats for nats, _ in good) / len(good) if good else math.nan
             if loss_now > 10 * abs(least) + math.log(model.V):
@@ -968,18 +968,34 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Transformer:
     """
     path = Path(path)
     content = read_checkpoint(path)
+    tokenizer = data.Tokenizer.load(path.parent / "tokenizer.json")
     try:
-        tokenizer = data.Tokenizer.load(path.parent / "tokenizer.json")
         if tokenizer.checksum != content["tokenizer"]:
             raise ValueError("the tokenizer.json beside it is another's")
-        model = build(Config(**content["config"]), tokenizer, content["log_p"], content["kind"])
+        config = Config(**content["config"])
+        validate(asdict(config), Config)
+        check(config)
+        fits(config, tokenizer.vocab_size, content)
+        model = build(config, tokenizer, content["log_p"], content["kind"])
+        if [p.shape for p in model.parameters()] != [x.shape for x in content["ema"]]:
+            raise ValueError("its weights have other shapes")
         overwrite(model.parameters(), content["ema"])
         model.step, model.source = content["step"], content["source"]
-    except (TypeError, ValueError, RuntimeError, KeyError) as error:
+    except (TypeError, ValueError, RuntimeError, KeyError, UserError) as error:
         raise UserError(f"{path}: does not fit this program ({first_line(error)}); train it anew: {program(path.stem)} "
                         f"--run-dir {path.parent} --overwrite") from None
     model.config.bf16 = model.config.bf16 and bf16_is_faster(torch.device(device))
     return model.to(device).eval()
+
+
+def fits(config: Config, V: int, content: dict) -> None:
+    """Raises ValueError unless a checkpoint's tensors have the sizes that its settings name: no network is made larger than
+    the file it comes from."""
+    D, weights = config.width, content["model"]
+    shapes = {"embedding": (V, D), "time_s.mlp.0.weight": (config.cond_width, 256),
+              **{f"blocks.{i}.qkv.weight": (3 * D, D) for i in range(config.depth)}}
+    if content["log_p"].shape != (V,) or any(weights[name].shape != shape for name, shape in shapes.items()):
+        raise ValueError("its weights have other shapes than its settings name")
 
 
 def to_lines(model: Transformer, tokens: Tensor) -> list[str]:
@@ -1032,6 +1048,7 @@ def command_line(argv: list[str]) -> tuple[dict, set[str]]:
     return settings, set(given)
 
 
+@unlocks()
 def main(argv: list[str]) -> None:
     settings, given = command_line(argv)
     if settings["sample"]:

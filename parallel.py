@@ -77,8 +77,14 @@ def to_save(content):
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """optimizer.load_state_dict of whole tensors."""
+    """optimizer.load_state_dict of whole tensors, but for its settings, which the run has. Raises one of many errors where
+    they do not fit."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {i: {name: like(value, params[i]) if value.shape == params[i].shape else value for name, value in values.items()}
-             for i, values in saved["state"].items()}
-    optimizer.load_state_dict(saved | {"state": state})
+    if saved["state"].keys() != set(range(len(params))):
+        raise ValueError("its optimizer has other parameters")
+    state = {}
+    for i, (p, values) in enumerate(zip(params, (saved["state"][i] for i in range(len(params))))):
+        if any(value.shape not in (p.shape, torch.Size()) for value in values.values()):
+            raise ValueError("its optimizer has other parameters")
+        state[i] = {name: like(value, p) if value.shape == p.shape else value for name, value in values.items()}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import ctypes
 import json
-import math
 import os
 import shutil
 import signal
@@ -37,7 +36,7 @@ FREE = {"run_dir", "data_url", "device", "threads", "shard", "resume", "overwrit
 # -------------------------------------------------------------------------------------------------------------- flags
 
 
-def setting(default, help: str, least: float | None = None, most: float = math.inf, choices: tuple | None = None):
+def setting(default, help: str, least: float | None = None, most: float = 10**12, choices: tuple | None = None):
     """A dataclass field that is also a flag: its default, help text and bounds."""
     return field(default=default, metadata=dict(help=help, least=least, most=most, choices=choices))
 
@@ -72,8 +71,8 @@ def validate(settings: dict, Config: type) -> None:
             raise UserError(f"{flag(f.name)} {value}: must be {' or '.join(choices) if choices else f.type.__name__}")
         if f.name in ("prompt", "infill") and value and not settings["sample"]:
             raise UserError(f"{flag(f.name)} {value}: is for --sample")
-        if least is not None and not (least <= value <= most and math.isfinite(value)):
-            raise UserError(f"{flag(f.name)} {value}: must be {least} or more" + f", {most} or less" * (most < math.inf))
+        if least is not None and not least <= value <= most:
+            raise UserError(f"{flag(f.name)} {str(value)[:40]}: must be {least} or more, {most} or less")
 
 
 def flag(name: str) -> str:
@@ -384,8 +383,7 @@ def read_checkpoint(path: Path) -> dict:
     try:
         verify(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict) or not {"kind", "config", "tokenizer", "log_p", "model", "ema"} <= content.keys():
-            raise ValueError("not written by this program")
+        check_content(content)
         return content
     except Exception as error:  # zipfile, torch and pickle each raise their own
         spare = path.with_suffix(".prev.pt")
@@ -394,10 +392,25 @@ def read_checkpoint(path: Path) -> dict:
 
 
 def verify(path: Path) -> None:
-    """Checks the checksums of a file that torch.save wrote; raises one of many errors where it is damaged."""
+    """Checks the checksums of a file that torch.save wrote. Raises one of many errors where it is damaged, or larger in
+    memory than on disk."""
     with zipfile.ZipFile(path) as records:
+        if sum(record.file_size for record in records.infolist()) > path.stat().st_size:
+            raise ValueError("its records are larger than the file")
         if (bad := records.testzip()) is not None:
             raise ValueError(f"{bad} is damaged")
+
+
+PARTS = dict(kind=str, config=dict, tokenizer=str, log_p=Tensor, model=dict, ema=list, step=int, source=str | None)
+
+
+def check_content(content: dict) -> None:
+    """Raises ValueError unless a checkpoint has its parts, and tensors that are as large as they say."""
+    if not isinstance(content, dict) or not all(isinstance(content.get(name), kind) for name, kind in PARTS.items()):
+        raise ValueError("not written by this program")
+    for x in (content["log_p"], *content["model"].values(), *content["ema"]):
+        if not isinstance(x, Tensor) or x.numel() * x.element_size() > x.untyped_storage().nbytes():
+            raise ValueError("a part of it is not the tensor that it should be")
 
 
 def program(kind: str) -> str:
@@ -493,8 +506,18 @@ def open_folder(settings: dict, given: set[str], kind: str, Config: type) -> dic
 locks: dict[Path, object] = {}  # of the folders in which this process trains
 
 
+@contextlib.contextmanager
+def unlocks() -> Iterator[None]:
+    """Around a command: the folders that it locks are free behind it."""
+    try:
+        yield
+    finally:
+        while locks:
+            locks.popitem()[1].release()
+
+
 def lock(folder: Path) -> None:
-    """Keeps a folder for the first process of a run, until it ends in whatever way. Raises UserError if it is taken."""
+    """Keeps a folder for the first process of a run until it ends, in whatever way. Raises UserError if it is taken."""
     if rank() == 0:
         from filelock import FileLock, Timeout
 

@@ -29,6 +29,7 @@ LM1B = dict(url="http://www.statmt.org/lm-benchmark/1-billion-word-language-mode
             size=1_792_209_805, sha256="01ba60381110baf7f189dfd2b8374de371e8c9a340835793f190bdae9e90a34e")
 OWT = "Skylion007/openwebtext"  # its repository on the Hugging Face hub
 BLOCK, LONGEST = 2**20, 2**24  # bytes: of a batch of lines, and the most that one line may have
+BOMB = 2**28, 200  # what unpacks to more bytes than the first, and more than the second times its own, is no text
 RETRIES, WAIT = 8, 1.0  # attempts in a row that bring nothing, seconds before the second one (they double)
 
 
@@ -133,12 +134,32 @@ def lines(file: BinaryIO, place: str) -> Iterator[tuple[list[int], list[str]]]:
         number += len(texts) - 1
 
 
+def bounded(path: Path, size: int) -> int:
+    """Raises UserError if `size` bytes are more than a text packed into `path` may have; returns them."""
+    if size > max(BOMB[0], BOMB[1] * path.stat().st_size):
+        raise UserError(f"{path}: unpacks to more than {BOMB[0] >> 20} MiB and {BOMB[1]} times its size, as no text does; "
+                        "unpack it yourself if it is one")
+    return size
+
+
+class Bounded:
+    """A packed file as it reads unpacked, in blocks, bounded."""
+
+    def __init__(self, file: BinaryIO, path: Path):
+        self.file, self.path, self.total = file, path, 0
+
+    def read(self, size: int) -> bytes:
+        block = self.file.read(size)
+        self.total = bounded(self.path, self.total + len(block))
+        return block
+
+
 @contextmanager
-def unpacked(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+def unpacked(path: Path, suffix: str = "") -> Iterator[tuple[BinaryIO, BinaryIO | Bounded]]:
     """A file as it is, whose position tells how far it was read, and as it reads unpacked."""
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, nullcontext)
-    with open(path, "rb") as raw, opener(raw) as file:
-        yield raw, file
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(suffix or path.suffix)
+    with open(path, "rb") as raw, opener(raw) if opener else nullcontext(raw) as file:
+        yield raw, Bounded(file, path) if opener else file
 
 
 def text_file(path: Path) -> Iterator[Batch]:
@@ -189,7 +210,7 @@ def shards(files: list[Path]) -> Iterator[Batch]:
 def tarball(path: Path) -> Iterator[Batch]:
     """The lines of the benchmark's files in a .tar.gz, read as a stream, in its order; all else in it is passed over."""
     found = set()
-    with readable(path), open(path, "rb") as raw, gzip.open(raw) as file:
+    with readable(path), unpacked(path, ".gz") as (raw, file):
         with tarfile.open(fileobj=file, mode="r|") as archive:
             for member in archive:
                 if member.isreg() and (split := split_of(member.name)):
@@ -360,6 +381,8 @@ def opened(path: Path) -> Iterator:
             kind = schema.field("text").type if "text" in schema.names else None
             if kind not in (pa.string(), pa.large_string()):
                 raise UserError(f"{path}: has no column text of strings, but {', '.join(schema.names)}; rename its column")
+            groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+            bounded(path, sum(group.total_byte_size for group in groups))
             yield file
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}); put a whole copy in its place") from None
@@ -370,6 +393,7 @@ def parquet_file(path: Path) -> Iterator[Batch]:
     with opened(path) as file:
         row, size = 0, path.stat().st_size
         for some in file.iter_batches(128, columns=["text"]):
+            bounded(path, some.nbytes)
             texts = some.column(0).to_pylist()
             kept = [(i, text) for i, text in enumerate(texts, start=row + 1) if text and text.strip()]
             row += len(texts)

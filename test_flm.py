@@ -822,7 +822,7 @@ def test_one_and_two_processes_take_the_same_step(folder, program, kind):
 def test_a_checkpoint_is_replaced_whole_or_not_at_all(folder, monkeypatch):
     """Cut off at each of the three moments that change a name, K.pt is the old or the new one, and loads."""
     def content(step):
-        return dict.fromkeys(("kind", "config", "tokenizer", "log_p", "model", "ema")) | {"step": step}
+        return dict(kind="flm", config={}, tokenizer="", log_p=torch.zeros(2), model={}, ema=[], source="", step=step)
     path, new = folder / "flm.pt", 1
     write_checkpoint(path, content(new))
     for name in ("link", "unlink", "replace"):
