@@ -32,8 +32,9 @@ import data
 import prompts
 import sources
 from parallel import distribute, gradients, like, load_optimizer, reshard, to_save, unshard, whole
-from run import (Log, clear, first_does, first_line, guard, lasting, open_folder, parse, program, rank, read_checkpoint, say,
-                 setting, setup, stop, total, unlocks, validate, world, write_checkpoint, write_settings)
+from run import (MISFITS, Log, clear, first_does, first_line, guard, lasting, open_folder, parse, program, rank,
+                 read_checkpoint, say, setting, setup, stop, total, unlocks, validate, world, write_checkpoint,
+                 write_settings)
 from sources import UserError
 
 # ------------------------------------------------------------------------------------------------------ 1. The clock
@@ -818,7 +819,7 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
             raise UserError(f"{path}: was converted, without what its optimizer needs to go on; distil it, or train anew in "
                             "another --run-dir")
         if (saved["source"], saved["tokenizer"]) != (corpus.meta["source"], corpus.tokenizer.checksum):
-            raise UserError(f"{path.parent}: --dataset {config.dataset} is not the text that this run was begun with")
+            raise UserError(f"{path}: --dataset {config.dataset} is not the text that this run was begun with")
     if config.compile and device.type == "cuda":
         if config.shard:  # part by part, as they are gathered
             for part in (*model.blocks, model.norm):
@@ -837,7 +838,7 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
             ema, first = [like(average, p) for average, p in zip(saved["ema"], params, strict=True)], saved["step"]
             for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
                 load_optimizer(optimizer, state)
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+    except MISFITS as error:
         raise UserError(f"{path}: does not fit this run ({first_line(error)}); train anew with --overwrite") from None
     del saved
     last = max(first, min(config.max_steps, config.stop_after or config.max_steps))
@@ -981,7 +982,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Transformer:
             raise ValueError("its weights have other shapes")
         overwrite(model.parameters(), content["ema"])
         model.step, model.source = content["step"], content["source"]
-    except (TypeError, ValueError, RuntimeError, KeyError, UserError) as error:
+    except (*MISFITS, UserError) as error:
         raise UserError(f"{path}: does not fit this program ({first_line(error)}); train it anew: {program(path.stem)} "
                         f"--run-dir {path.parent} --overwrite") from None
     model.config.bf16 = model.config.bf16 and bf16_is_faster(torch.device(device))

@@ -68,7 +68,8 @@ def validate(settings: dict, Config: type) -> None:
     for f in fields(Config):
         value, least, most, choices = settings[f.name], f.metadata["least"], f.metadata["most"], f.metadata["choices"]
         if not isinstance(value, f.type | int if f.type is float else f.type) or choices and value not in choices:
-            raise UserError(f"{flag(f.name)} {value}: must be {' or '.join(choices) if choices else f.type.__name__}")
+            must = " or ".join(choices) if choices else getattr(f.type, "__name__", "true or false")
+            raise UserError(f"{flag(f.name)} {str(value)[:40]}: must be {must}")
         if f.name in ("prompt", "infill") and value and not settings["sample"]:
             raise UserError(f"{flag(f.name)} {value}: is for --sample")
         if least is not None and not least <= value <= most:
@@ -401,6 +402,7 @@ def verify(path: Path) -> None:
             raise ValueError(f"{bad} is damaged")
 
 
+MISFITS = AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError  # of a strange content
 PARTS = dict(kind=str, config=dict, tokenizer=str, log_p=Tensor, model=dict, ema=list, step=int, source=str | None)
 
 

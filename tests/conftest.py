@@ -1,0 +1,18 @@
+"""How hard the fuzzers look (harder: pytest tests/test_inputs.py --hypothesis-profile hunt), and what they have tried."""
+
+import collections
+import datetime
+
+from hypothesis import HealthCheck, settings
+
+tally = collections.Counter()
+
+QUIET = dict(deadline=datetime.timedelta(seconds=30), suppress_health_check=list(HealthCheck), database=None)
+settings.register_profile("default", max_examples=100, derandomize=True, **QUIET)
+settings.register_profile("hunt", max_examples=3000, **QUIET)
+settings.load_profile("default")
+
+
+def pytest_terminal_summary(terminalreporter):
+    for name, count in sorted(tally.items()):
+        terminalreporter.write_line(f"{name}: {count}")
