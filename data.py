@@ -85,6 +85,8 @@ class Tokenizer:
         if self.kind == "ids":
             self.end, self.vocab_size = -1, int(content["vocab_size"])
         elif self.kind == "chars":  # ids 1.. in the order of `chars`; 0 ends a document
+            if not isinstance(content["chars"], str):
+                raise ValueError("its characters are no text")
             self.ids = {char: i for i, char in enumerate(content["chars"], start=1)}
             self.end, self.vocab_size = 0, len(self.ids) + 1
         elif self.kind == "gpt2":

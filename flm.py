@@ -730,12 +730,12 @@ def bf16_is_faster(device: torch.device) -> bool:
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
-        x = w = torch.ones(512, 128, dtype=dtype)
-        F.linear(x, w)
-        start = time.perf_counter()
-        for _ in range(4):
-            F.linear(x, w)
-        seconds[dtype] = time.perf_counter() - start
+        x, runs = torch.ones(512, 128, dtype=dtype), []
+        for _ in range(12):
+            start = time.perf_counter()
+            F.linear(x, x)
+            runs.append(time.perf_counter() - start)
+        seconds[dtype] = min(runs)  # another process may be at work as well
     return 2 * seconds[torch.bfloat16] < seconds[torch.float32]
 
 
@@ -779,6 +779,11 @@ def weights(objective: Objective, values: list[Tensor]) -> Iterator[None]:
     yield
     reshard(objective.train())
     overwrite(params, own)
+
+
+def shaped_alike(values: Iterable[Tensor], params: Iterable[Tensor]) -> None:
+    if [x.shape for x in values] != [p.shape for p in params]:
+        raise ValueError("its weights have other shapes")
 
 
 @torch.no_grad()
@@ -835,7 +840,8 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
         params, optimizers = list(model.parameters()), make_optimizers(model, config)
         ema, first = [p.detach().clone() for p in params], 0
         if saved:
-            ema, first = [like(average, p) for average, p in zip(saved["ema"], params, strict=True)], saved["step"]
+            shaped_alike(saved["ema"], params)
+            ema, first = [like(average, p) for average, p in zip(saved["ema"], params)], saved["step"]
             for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
                 load_optimizer(optimizer, state)
     except MISFITS as error:
@@ -978,8 +984,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Transformer:
         check(config)
         fits(config, tokenizer.vocab_size, content)
         model = build(config, tokenizer, content["log_p"], content["kind"])
-        if [p.shape for p in model.parameters()] != [x.shape for x in content["ema"]]:
-            raise ValueError("its weights have other shapes")
+        shaped_alike(content["ema"], model.parameters())
         overwrite(model.parameters(), content["ema"])
         model.step, model.source = content["step"], content["source"]
     except (*MISFITS, UserError) as error:

@@ -291,7 +291,9 @@ def guard(main: Callable[[list[str]], None], resumes: bool = False) -> int:
             stop.waits = True  # no second one while the first is dealt with
             status, line = fault(error, resumes)
             if line:
-                print(line, file=sys.stderr)
+                from tqdm import tqdm
+
+                tqdm.write(line, file=sys.stderr)  # above a progress bar
         if dist.is_initialized():  # threads of gloo may outlive the interpreter's end, and abort it
             sys.stderr.flush()
             os._exit(status)

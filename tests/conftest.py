@@ -3,6 +3,7 @@
 import collections
 import datetime
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 tally = collections.Counter()
@@ -11,6 +12,16 @@ QUIET = dict(deadline=datetime.timedelta(seconds=30), suppress_health_check=list
 settings.register_profile("default", max_examples=100, derandomize=True, **QUIET)
 settings.register_profile("hunt", max_examples=3000, **QUIET)
 settings.load_profile("default")
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # one of several processes
+        session.config.workeroutput["tally"] = dict(tally)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    tally.update(node.workeroutput["tally"])
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch  # noqa: E402
+from conftest import tally  # noqa: E402
 
 import baselines  # noqa: E402
 import distill  # noqa: E402
@@ -41,6 +42,7 @@ class Child:
         self.path = folder / f"{program}.{time.monotonic_ns()}"
         self.process = PARENT.Process(target=live, args=(program, line, folder, self.path.name, most))
         self.process.start()
+        tally["faults caused"] += most is not None
         self.pid = self.process.pid
 
     @property
@@ -62,6 +64,7 @@ class Child:
 
     def hit(self, number: int) -> "Child":
         os.kill(self.pid, number)
+        tally["faults caused"] += 1
         return self
 
     def status(self, timeout: float = 120) -> int:

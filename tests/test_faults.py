@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tally
 from nursery import Child, last_line, same
 
 import flm
@@ -221,6 +222,7 @@ def test_a_damaged_checkpoint_is_refused_or_loads_every_tensor(whole, folder):
         bad = bytearray(good)
         bad[random_.randrange(len(bad))] ^= 1 << random_.randrange(8)
         damaged.append(bytes(bad))
+    tally["faults caused"] += len(damaged)
     for bad in damaged:
         path.write_bytes(bad)
         try:

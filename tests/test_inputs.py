@@ -4,6 +4,7 @@ Every one ends in one line and status 2, or is good enough to work with; never i
 """
 
 import contextlib
+import functools
 import gzip
 import io
 import json
@@ -54,35 +55,36 @@ def attempt(program: str, line: str | list[str]) -> tuple[int, str]:
     return status, lines[0] if lines else ""
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A folder with a flow and a map of it, and their token files, made once."""
-    folder = tmp_path_factory.mktemp("runs") / "good"
-    folder.mkdir()
+@contextlib.contextmanager
+def workplace(base: Path):
+    """A folder with a flow and a map of it, and their token files, to work in, and a copy of them to restore."""
+    work, good = base / "work", base / "good"
+    work.mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
+        patch.chdir(work)
         torch.set_num_threads(1)
         Path("a.txt").write_text("".join(f"{word}{i}\n" for i in range(300) for word in ("one ", "twenty ")))
         assert attempt("flm.py", f"{STEP} --dataset a.txt --tokenizer chars --seq-len 16")[0] == 0
         assert attempt("distill.py", "--run-dir r --max-steps 2 --stop-after 1 --no-bf16")[0] == 0
-    return folder
+        shutil.copytree(work, good)
+        yield
 
 
-@pytest.fixture
-def folder(runs):
-    """A copy of it, to work in."""
-    copy = runs.with_name("work")
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(runs, copy)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(copy)
-        yield copy
+@pytest.fixture(scope="module", autouse=True)
+def place(tmp_path_factory):
+    with workplace(tmp_path_factory.mktemp("inputs")):
+        yield
 
 
-def restore(runs: Path) -> None:
+@pytest.fixture(autouse=True)
+def restored():
+    restore()
+
+
+def restore() -> None:
     for name in "r", "data":
         shutil.rmtree(name, ignore_errors=True)
-        shutil.copytree(runs / name, name)
+        shutil.copytree(Path("../good", name), name)
 
 
 kinds = st.sampled_from(("flip", "cut", "insert", "delete"))
@@ -123,7 +125,7 @@ texts = st.text(max_size=60).map(str.encode) | st.binary(max_size=60) | pieces
 
 @given(st.lists(texts, max_size=30).map(b"".join), st.sampled_from((".txt", ".txt.gz", ".txt.xz")), st.none() | edits,
        st.sampled_from(("chars", "bpe --vocab-size 258", "bpe --vocab-size 300")), st.booleans())
-def test_texts(folder, content, suffix, changes, tokenizer, packing):
+def test_texts(content, suffix, changes, tokenizer, packing):
     content = {".txt": bytes, ".txt.gz": gzip.compress, ".txt.xz": lzma.compress}[suffix](content)
     path = Path(f"c{suffix}")
     path.write_bytes(content if changes is None else edited(content, changes))
@@ -143,7 +145,7 @@ WORDS = "".join(f"word {i}\n" for i in range(40))
     ("right to left", "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\n".encode() * 40, ""),
     ("combining", "e\u0301a\u0308\u0323\n".encode() * 40, ""), ("separators", "a\u2028b\x85c\x0cd\x1ee\n".encode() * 40, ""),
     ("long line", b"ab " * 3_500_000, ""), ("too long a line", b"ab " * 7_000_000, "a line of more than 16 MiB")))
-def test_texts_by_hand(folder, name, text, wrong):
+def test_texts_by_hand(name, text, wrong):
     """The characters of a good one come back as they went in, whatever they are; a line break is only what is one."""
     Path("c.txt").write_bytes(text)
     packing = "--packing --seq-len 2" if len(text) < 10**6 else "--packing --seq-len 64"
@@ -157,20 +159,18 @@ def test_texts_by_hand(folder, name, text, wrong):
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), min_size=1, max_size=4))
-def test_every_tokenizer_gives_back_what_it_was_given(bpe, lines):
-    for tokenizer in bpe, data.Tokenizer({"kind": "chars", "chars": "".join(sorted(set("".join(lines))))}):
+def test_every_tokenizer_gives_back_what_it_was_given(lines):
+    for tokenizer in bpe(), data.Tokenizer({"kind": "chars", "chars": "".join(sorted(set("".join(lines))))}):
         for text, ids in zip(lines, tokenizer.encode(lines)):
             assert tokenizer.decode(ids) == text.strip("\n")
 
 
-@pytest.fixture(scope="module")
-def bpe(tmp_path_factory):
-    path = tmp_path_factory.mktemp("bpe") / "a.txt"
-    path.write_text(WORDS)
-    return data.make_tokenizer("bpe", sources.find(str(path)), 270)
+@functools.cache
+def bpe() -> data.Tokenizer:
+    return data.make_tokenizer("bpe", sources.find("a.txt"), 270)
 
 
-def test_what_unpacks_to_more_than_a_text_does_is_refused(folder, monkeypatch):
+def test_what_unpacks_to_more_than_a_text_does_is_refused(monkeypatch):
     """At the size that sources.BOMB states, and in a tarball as well."""
     monkeypatch.setattr(sources, "BOMB", (2**22, 200))
     for name, pack in (("b.txt.gz", gzip.compress), ("b.txt.xz", lzma.compress)):
@@ -187,7 +187,7 @@ def test_what_unpacks_to_more_than_a_text_does_is_refused(folder, monkeypatch):
     assert attempt("flm.py", f"{STEP} --overwrite --dataset good.txt.gz --tokenizer chars --seq-len 16")[0] == 0
 
 
-def test_members_of_a_tarball_never_leave_it(folder):
+def test_members_of_a_tarball_never_leave_it():
     """Absolute names, `..`, links and devices: nothing is unpacked, and what is no file is passed over."""
     text, names = WORDS.encode(), []
     with tarfile.open("t.tar.gz", "w:gz") as archive:
@@ -211,8 +211,8 @@ def test_members_of_a_tarball_never_leave_it(folder):
 
 
 @given(st.sampled_from(("config.json", "fmlm.config.json")), edits | st.tuples(paths, values))
-def test_settings(folder, runs, name, change):
-    restore(runs)
+def test_settings(name, change):
+    restore()
     path = Path("r", name)
     if isinstance(change, tuple):
         path.write_text(json.dumps(replaced(json.loads(path.read_text()), *change)))
@@ -227,8 +227,8 @@ names = st.sampled_from(("meta.json", "tokenizer.json", "counts.npz", "train.bin
 
 
 @given(names, edits | st.tuples(paths, values))
-def test_token_files(folder, runs, name, change):
-    restore(runs)
+def test_token_files(name, change):
+    restore()
     path = next(Path("data").glob(f"*/{name}"))
     if isinstance(change, list):
         path.write_bytes(edited(path.read_bytes(), change))
@@ -243,8 +243,8 @@ def test_token_files(folder, runs, name, change):
 
 
 @given(st.sampled_from(("chars", "bpe", "gpt2", "ids")), edits | st.tuples(paths, values))
-def test_tokenizers(folder, runs, bpe, kind, change):
-    content = {"chars": {"kind": "chars", "chars": "abc"}, "bpe": bpe.content, "gpt2": {"kind": "none"},
+def test_tokenizers(kind, change):
+    content = {"chars": {"kind": "chars", "chars": "abc"}, "bpe": bpe().content, "gpt2": {"kind": "none"},
                "ids": {"kind": "ids", "vocab_size": 9}}[kind]
     text = json.dumps(replaced(content, *change)).encode() if isinstance(change, tuple) else edited(
         json.dumps(content).encode(), change)
@@ -263,9 +263,9 @@ tensors = st.sampled_from((torch.zeros(1), torch.zeros(18, 16).to_sparse(), torc
 
 
 @given(st.sampled_from(("flm", "fmlm")), paths, values | tensors)
-def test_checkpoints(folder, runs, kind, path, value):
+def test_checkpoints(kind, path, value):
     """With one of its parts, however deep, another."""
-    restore(runs)
+    restore()
     file = Path("r", f"{kind}.pt")
     torch.save(replaced(torch.load(file, weights_only=True), path, value), file)
     program = "flm.py" if kind == "flm" else "distill.py"
@@ -275,10 +275,10 @@ def test_checkpoints(folder, runs, kind, path, value):
 
 
 @given(edits, st.sampled_from((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)))
-def test_pickles(folder, runs, changes, method):
+def test_pickles(changes, method):
     """The pickled record of a checkpoint edited, and its checksum made to match: what a stranger could send."""
-    restore(runs)
-    with zipfile.ZipFile(runs / "r/flm.pt") as old, zipfile.ZipFile("r/flm.pt", "w", method) as new:
+    restore()
+    with zipfile.ZipFile("../good/r/flm.pt") as old, zipfile.ZipFile("r/flm.pt", "w", method) as new:
         for name in old.namelist():
             content = old.read(name)
             new.writestr(name, edited(content, changes) if name.endswith("data.pkl") else content)
@@ -290,14 +290,14 @@ class Evil:
         return os.mkdir, ("evil",)
 
 
-def test_code_in_a_checkpoint_is_never_run(folder):
+def test_code_in_a_checkpoint_is_never_run():
     torch.save({"kind": Evil()}, "r/flm.pt")
     for line in "--sample", "--resume":
         status, said = attempt("flm.py", f"--run-dir r {line}")
         assert status == 2 and "r/flm.pt: not a whole checkpoint" in said and not Path("evil").exists()
 
 
-def test_a_checkpoint_that_unpacks_to_more_than_its_size_is_refused(folder):
+def test_a_checkpoint_that_unpacks_to_more_than_its_size_is_refused():
     with zipfile.ZipFile("r/flm.pt", "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("flm/data.pkl", b"\0" * 2**24)
     status, said = attempt("flm.py", "--run-dir r --sample")
@@ -307,9 +307,9 @@ def test_a_checkpoint_that_unpacks_to_more_than_its_size_is_refused(folder):
 # ------------------------------------------------------------------------------------------------------ command lines
 
 CONFIGS = {"flm.py": flm.Config, "distill.py": distill.Config, "baselines.py": baselines.Config}
-odd = ("", "0", "-1", "1.5", "nan", "inf", "-inf", "1e309", "9" * 30, "9" * 5000, "abc", "é", "\udc80", "\n", "/", "..", "--",
-       "-", "[MASK]", "[MASK:999999999]", "a" * 300, "0x10", "1_0", " 1 ", "True", "words", "a.txt", "none", "%s", "{}", "x_",
-       "_")
+odd = ("", "0", "-1", "1.5", "nan", "inf", "-inf", "1e309", "9" * 30, "9" * 5000, "abc", "é", "\udc80", "\n", "/", "..",
+       "--", "-", "[MASK]", "[MASK:999999999]", "a" * 300, "0x10", "1_0", " 1 ", "True", "words", "a.txt", "none", "%s",
+       "{}", "x_", "_")
 words = st.sampled_from(odd) | st.text(st.characters(exclude_characters="\0"), max_size=6)
 
 
@@ -329,9 +329,9 @@ def command_lines(draw) -> tuple[str, list[str]]:
     return program, argv
 
 
-@given(command_lines(), st.sampled_from(("", "--overwrite", "--resume", "--sample --num-samples 1 --sample-steps 2")))
-def test_command_lines(folder, runs, command, more):
-    restore(runs)
+@given(command_lines(), st.sampled_from(("--overwrite", "--overwrite", "--resume", "--sample --sample-steps 2", "")))
+def test_command_lines(command, more):
+    restore()
     program, argv = command
     base = STEP if program == "flm.py" and more != "--resume" else "--run-dir r --max-steps 2 --stop-after 1"
     base = f"{base} --dataset a.txt --tokenizer chars --seq-len 16" if base == STEP else base
