@@ -120,6 +120,7 @@ class Config(flm.Config):
     sample_steps: int = setting(64, "network evaluations for a text of mdlm", 1, 2**20)
     churn: float = setting(0.0, "")  # for flows, as the next
     guidance: float = setting(0.0, "")
+    html: str = setting("", "")
 
 
 def command_line(argv: list[str]) -> tuple[dict, set[str]]:

@@ -59,13 +59,14 @@ def flow_map(model: nn.Module, state: Tensor, tau_s: Tensor, tau_t: Tensor) -> T
 
 
 def sample(model: Transformer, n: int, steps: int, seed: int, renoise: float = 0.0, known: Tensor | None = None,
-           delta: Callable = mean_denoiser) -> Tensor:
+           delta: Callable = mean_denoiser, see: Callable | None = None) -> Tensor:
     """Writes n texts in `steps` evaluations of the map: tokens (n, L), from the noise that flm.sample has for this seed, and
-    with the tokens `known` (L,) or (n, L), -1 where there is none. delta(model, known) gives the map's mean denoiser."""
+    with the tokens `known` (L,) or (n, L), -1 where there is none. delta(model, known) gives the map's mean denoiser, `see`
+    is flm.euler's."""
     def solve(rows: Rows, known: Tensor | None) -> Tensor:
         return flm.euler(delta(model, known), flm.start(model, rows), model.clock, steps, model.clean,
                          (lambda t, t_next: renoise) if renoise else None,
-                         lambda step: flm.start(model, rows.fresh(step))).argmax(-1)
+                         lambda step: flm.start(model, rows.fresh(step)), see).argmax(-1)
     return flm.write(model, n, seed, solve, known)
 
 

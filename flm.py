@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import data
+import page
 import prompts
 import sources
 from parallel import distribute, gradients, like, load_optimizer, reshard, to_save, unshard, whole
@@ -184,7 +185,8 @@ def flow_loss(model: nn.Module, tokens: Tensor, rows: Rows) -> tuple[Tensor, Ten
 
 def euler(denoiser: Callable[[Tensor, Tensor, Tensor], Tensor], state: Tensor, clock: Clock, steps: int,
           clean: Callable[[Tensor], Tensor] = lambda probs: probs, share: Callable[[Tensor, Tensor], Tensor] | None = None,
-          noise: Callable[[int], Tensor] | None = None, path: bool = False):
+          noise: Callable[[int], Tensor] | None = None, see: Callable[[Tensor, Tensor, Tensor], None] | None = None
+          ) -> Tensor:
     """[FLM] Goes from noise, t = 0, to data, t = 1, in Euler steps that are uniform in tau.
 
     denoiser(state, tau_s (B,), tau_t (B,)) -> probs (B, L, V): for a flow D_s, the expectation of the clean one-hots,
@@ -194,10 +196,8 @@ def euler(denoiser: Callable[[Tensor, Tensor, Tensor], Tensor], state: Tensor, c
     fresh noise(step), scaled so that the law of x_t' stays if the step to t~ was exact: with a map for every r (the paper's
     "gamma-sampling" keeps it at 0 and 1 only), with Euler steps in the limit of many, if r falls with their length.
 
-    Returns the last probs, whose argmax is the text; with path=True also [(tau, state, probs), ...], what each evaluation
-    saw and said.
+    Returns the last probs, whose argmax is the text. see(tau, state, probs) is told what each evaluation saw and said.
     """
-    seen = []
     taus = torch.linspace(0, 1, steps + 1, device=state.device)
     ts = clock.t(taus)
     for step, (tau, t, t_next) in enumerate(zip(taus, ts, ts[1:])):
@@ -205,24 +205,23 @@ def euler(denoiser: Callable[[Tensor, Tensor, Tensor], Tensor], state: Tensor, c
         again = share is not None and not last
         t_far = 1 - (1 - t_next) * (1 - share(t, t_next) ** 2) ** 0.5 if again else t_next
         probs = denoiser(state, tau.expand(len(state)), clock.tau(t_far).expand(len(state)))
-        if path:
-            seen.append((tau, state, probs))
+        if see:
+            see(tau, state, probs)
         if last:
-            break
+            return probs
         state = state + (t_far - t) / (1 - t) * (clean(probs) - state)  # velocity b_t = (D_t - x) / (1 - t)
         if again:
             shrink = t_next / t_far  # x_t~ has t~ of the token and 1 - t~ of the noise
             fresh = ((1 - t_next) ** 2 - (shrink * (1 - t_far)) ** 2).clamp(min=0).sqrt()
             state = shrink * state + fresh * noise(step)
-    return (probs, seen) if path else probs
 
 
 def sample(model: nn.Module, n: int, steps: int, seed: int, churn: float = 0.0, guidance: float = 0.0,
-           known: Tensor | None = None) -> Tensor:
+           known: Tensor | None = None, see: Callable | None = None) -> Tensor:
     """Writes n texts in `steps` network evaluations: tokens (n, L). Text i is a pure function of the settings, the seed, i
     and what is `known` of it: tokens (L,) or (n, L), -1 where there is none.
 
-    With churn > 0 steps take fresh noise and forget errors of earlier ones. For guidance see guided.
+    With churn > 0 steps take fresh noise and forget errors of earlier ones. For guidance see guided; `see` is euler's.
     """
     logits = guided(model, guidance)
 
@@ -230,7 +229,7 @@ def sample(model: nn.Module, n: int, steps: int, seed: int, churn: float = 0.0, 
         def denoiser(state: Tensor, tau_s: Tensor, tau_t: Tensor) -> Tensor:
             return logits(state, tau_s, known=known).softmax(-1)
         return euler(denoiser, start(model, rows), model.clock, steps, model.clean, diffusion(churn) if churn else None,
-                     lambda step: start(model, rows.fresh(step))).argmax(-1)
+                     lambda step: start(model, rows.fresh(step)), see).argmax(-1)
     return write(model, n, seed, solve, known)
 
 
@@ -659,6 +658,7 @@ class Config(Network):
     infill: str = setting("", "a text with gaps for --sample to fill, con____ion or, of word pieces, the [MASK:2] of")
     mask_char: str = setting("_", "character that stands for an unknown one in --infill")
     out: str = setting("", "file for the samples; left out: standard output")
+    html: str = setting("", "file for a page on which the texts of --sample denoise")
 
 
 SMALL = dict(cond_width=64, dropout=0.0, time_scale=100.0, optimizer="muon", lr=5e-3, decay=1.0, warmup=100, ema=0.99,
@@ -1010,8 +1010,7 @@ def to_lines(model: Transformer, tokens: Tensor) -> list[str]:
     for ids in tokens.tolist():
         if not model.config.packing and model.tokenizer.end in ids:
             ids = ids[: ids.index(model.tokenizer.end)]
-        text = model.tokenizer.decode(ids).replace("\\", "\\\\")
-        lines.append(text.replace("\n", "\\n").replace("\r", "\\r"))
+        lines.append(page.on_one_line(model.tokenizer.decode(ids)))
     return lines
 
 
@@ -1031,8 +1030,12 @@ def write_samples(config: Config, kind: str, sample: Callable) -> None:
         if model.mark is None and kind in ("flm", "fmlm"):
             say(f"{config.run_dir}: was trained without --condition-prob, so known tokens are only put in place at each "
                 "step, as noisy as the others, which is the weaker way")
-    tokens = sample(model, config.num_samples, config.sample_steps, config.seed, known=known)
+    film = page.Film(model) if config.html else None
+    more = {"see": film.see} if film else {}
+    tokens = sample(model, config.num_samples, config.sample_steps, config.seed, known=known, **more)
     lines = to_lines(model, tokens[:, :shown])
+    if film:
+        film.save(Path(config.html), lines, tokens[:, :shown])
     try:
         with open(config.out, "w", encoding="utf-8") if config.out else contextlib.nullcontext(sys.stdout) as file:
             file.write("".join(line + "\n" for line in lines))

@@ -30,7 +30,8 @@ from sources import UserError
 # Flags that may differ from those a run was begun with, and are not kept with it: they decide no weight (but for rounding,
 # which follows device and threads).
 FREE = {"run_dir", "data_url", "device", "threads", "shard", "resume", "overwrite", "stop_after", "sample", "sample_steps",
-        "num_samples", "churn", "guidance", "renoise", "prompt", "infill", "mask_char", "out", "skip_bad_steps"}
+        "num_samples", "churn", "guidance", "renoise", "prompt", "infill", "mask_char", "out", "html",
+        "skip_bad_steps"}
 
 
 # -------------------------------------------------------------------------------------------------------------- flags
@@ -70,7 +71,7 @@ def validate(settings: dict, Config: type) -> None:
         if not isinstance(value, f.type | int if f.type is float else f.type) or choices and value not in choices:
             must = " or ".join(choices) if choices else getattr(f.type, "__name__", "true or false")
             raise UserError(f"{flag(f.name)} {str(value)[:40]}: must be {must}")
-        if f.name in ("prompt", "infill") and value and not settings["sample"]:
+        if f.name in ("prompt", "infill", "html") and value and not settings["sample"]:
             raise UserError(f"{flag(f.name)} {value}: is for --sample")
         if least is not None and not least <= value <= most:
             raise UserError(f"{flag(f.name)} {str(value)[:40]}: must be {least} or more, {most} or less")

@@ -164,7 +164,8 @@ def test_the_euler_sampler_is_of_first_order():
     noise, clock = torch.randn(500, 1, 5, dtype=torch.float64), Uniform()
     end = {}
     for steps in (20, 40, 80, 160, 5120):
-        _, path = flm.euler(exact_denoiser(p.log(), clock), noise, clock, steps, path=True)
+        path = []
+        flm.euler(exact_denoiser(p.log(), clock), noise, clock, steps, see=lambda *seen, path=path: path.append(seen))
         tau, state, probs = path[-1]
         t, t_next = clock.t(tau), 0.8
         end[steps] = state + (t_next - t) / (1 - t) * (probs - state)
@@ -176,8 +177,8 @@ def test_the_euler_sampler_is_of_first_order():
 def test_the_path_of_the_sampler_is_the_flow():
     """Recorded states obey x + (t' - t) b_t(x) with b = (D - x)/(1 - t), and the first is the noise, to rounding."""
     p = torch.tensor([0.5, 0.3, 0.2])
-    clock, noise = flm.Clock(3), torch.randn(7, 2, 3)
-    probs, path = flm.euler(exact_denoiser(p.log(), clock), noise, clock, 5, path=True)
+    clock, noise, path = flm.Clock(3), torch.randn(7, 2, 3), []
+    probs = flm.euler(exact_denoiser(p.log(), clock), noise, clock, 5, see=lambda *seen: path.append(seen))
     assert torch.equal(path[0][1], noise) and torch.equal(path[-1][2], probs) and len(path) == 5
     for (tau, x, D), (tau_next, x_next, _) in zip(path, path[1:]):
         t, t_next = clock.t(tau), clock.t(tau_next)
