@@ -333,6 +333,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name in ("vocab", "width", "depth", "heads", "rows", "seq_len", "repeats"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
+        if getattr(args, name) > 2**24:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {2**24} or less")
+    if not 0 <= args.threads <= 2**10:
+        raise UserError(f"--threads {args.threads}: must be 0 or more, 1024 or less")
     if args.width % (2 * args.heads):
         raise UserError(f"--width {args.width}: must be a multiple of twice --heads {args.heads}")
     return args

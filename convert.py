@@ -22,7 +22,8 @@ from torch import Tensor
 import data
 import distill
 import flm
-from run import Parser, clear, config_file, first_line, guard, lasting, program, verify, write_checkpoint, write_settings
+from run import (Parser, clear, config_file, first_line, guard, lasting, lock, program, unlocks, verify, write_checkpoint,
+                 write_settings)
 from sources import UserError
 
 HEAD = 64  # width of an attention head of theirs
@@ -161,11 +162,13 @@ def convert(path: Path, args: argparse.Namespace) -> str:
         raise UserError(f"{path}: not the network of the paper's authors ({reason or first_line(error)})") from None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        clear(folder, *(("flm", "fmlm", "correction") if kind == "flm" else ("fmlm", "correction")))  # as flm.py does
+        lock(folder)
         tokenizer.save(there)
         write_checkpoint(folder / f"{kind}.pt", dict(
             kind=kind, config=lasting(network) | {"data_dir": ""}, source="", tokenizer=tokenizer.checksum,
             log_p=model.log_p, step=config.max_steps, model=model.state_dict(), ema=ema, optimizers=[]))
+        old = ("flm", "fmlm", "correction") if kind == "flm" else ("fmlm", "correction")  # as flm.py and distill.py do
+        clear(folder, *old, but=folder / f"{kind}.pt")
         write_settings(config, kind)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); give another --run-dir") from None
@@ -189,6 +192,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+@unlocks()
 def main(argv: list[str]) -> None:
     args = parse(argv)
     kind = convert(Path(args.checkpoint), args)

@@ -18,7 +18,6 @@ import shutil
 import signal
 import sys
 import threading
-import zipfile
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -149,7 +148,7 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(self.content, sort_keys=True).encode()).hexdigest()[:16]
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(self.content), encoding="utf-8")
+        sources.replace_file(path, json.dumps(self.content))
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
@@ -276,7 +275,7 @@ class Writer:
         self.batches, self.counts = 0, np.zeros(vocab_size, np.int64)  # batches read, and how often each token was written
         self.tokens, self.documents = dict(train=0, heldout=0), dict(train=0, heldout=0)
         self.files = {split: open(folder / f"{split}.bin", "ab") for split in self.tokens}
-        if (saved := read_counts(folder)) and all(
+        if (saved := read_counts(folder, vocab_size)) and all(
                 file.tell() >= saved[split][0] * self.dtype().itemsize for split, file in self.files.items()):
             self.batches, self.counts = int(saved["batches"]), saved["counts"]
             for split in self.files:
@@ -317,12 +316,15 @@ def checksums(folder: Path) -> dict[str, int]:
     return {name: zlib.crc32((folder / name).read_bytes()) for name in ("tokenizer.json", "counts.npz")}
 
 
-def read_counts(folder: Path) -> dict | None:
+def read_counts(folder: Path, vocab_size: int) -> dict | None:
     """What a Writer saved last in a folder; None where that is nothing, or damaged."""
     try:
-        with np.load(folder / "counts.npz") as saved:
-            return dict(saved)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        with np.load(folder / "counts.npz") as file:
+            saved = dict(file)
+        shapes = dict(batches=(), counts=(vocab_size,), train=(2,), heldout=(2,))
+        whole = all(saved[name].shape == shape and (saved[name] >= 0).all() for name, shape in shapes.items())
+        return saved if whole else None
+    except Exception:  # zipfile and numpy raise many kinds
         return None
 
 
@@ -361,11 +363,11 @@ def tokenise_in_worker(batch: Batch) -> list[tuple[str, int, np.ndarray]]:
 
 @contextmanager
 def no_interrupts() -> Iterator[None]:
-    """Processes that are started in here never hear of Ctrl-C or SIGTERM, which are their parent's to deal with."""
+    """Processes that are started in here never hear of Ctrl-C and the like, which are their parent's to deal with."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     try:
         yield
     finally:
@@ -385,7 +387,8 @@ def tokenised(source: Source, first: int, path: Path, seq_len: int | None, worke
         for batch in batches:
             yield batch.position, tokenise(batch, tokenizer, *settings[1:])
         return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, settings)
+    with no_interrupts():  # its queues have a process of their own
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, settings)
     try:
         waiting = deque()  # no more than keeps all busy, so that the source is read as fast as it is tokenised
         for batch in batches:
@@ -436,7 +439,7 @@ def prepare(dataset: str, tokenizer: str, seq_len: int, packing: bool, seed: int
                 "vocab_size": vocab_size if tokenizer == "bpe" else None, "seq_len": None if packing else seq_len,
                 "heldout": source.rule}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    folder = Path(cache) / f"{source.name}-{key}"
+    folder = Path(cache) / f"{source.name[:64]}-{key}"
     if not folder.exists():
         write_corpus(folder, source, settings, vocab_size, data_dir or dataset)
     try:
@@ -449,7 +452,7 @@ def prepare(dataset: str, tokenizer: str, seq_len: int, packing: bool, seed: int
                   for split, n in ((split, meta["tokens"][split]) for split in ("train", "heldout"))}
         if any((folder / f"{split}.bin").stat().st_size != ids.nbytes for split, ids in splits.items()):
             raise ValueError("there are more or fewer tokens than meta.json says")
-        counts = read_counts(folder)["counts"]
+        counts = read_counts(folder, tokens.vocab_size)["counts"]
     except UserError:
         raise
     except Exception as error:  # `tokenizers` raises bare Exception
@@ -482,16 +485,18 @@ def write_corpus(folder: Path, source: Source, settings: dict, vocab_size: int, 
         with FileLock(lock):
             if not folder.exists():
                 part.mkdir(exist_ok=True)
-                fill(part, source, settings, vocab_size, place)
+                try:
+                    fill(part, source, settings, vocab_size, place)
+                except UserError:  # the same text will not do next time either
+                    shutil.rmtree(part, ignore_errors=True)
+                    raise
                 part.rename(folder)
         lock.unlink(missing_ok=True)  # whoever waits for it finds the files
     except BrokenProcessPool:
         raise UserError(f"{part}: a tokenising process was ended (out of memory?); the same command goes on") from None
     except OSError as error:
-        raise UserError(f"{part}: cannot be written ({error.strerror or error}); the same command goes on") from None
-    except UserError:  # the same text will not do next time either
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+        raise UserError(f"{part}: cannot be written ({error.strerror or error}); make room for it in {part.parent}, and the "
+                        "same command goes on") from None
 
 
 def fill(folder: Path, source: Source, settings: dict, vocab_size: int, place: str) -> None:

@@ -39,8 +39,8 @@ import data
 import distill
 import flm
 import join
-from run import Parser, guard, program, say, setup
-from sources import UserError
+from run import Parser, guard, picture, program, say, setup
+from sources import UserError, replace_file
 
 # ----------------------------------------------------------------------------------------------------- 1. The judges
 # A judge gives texts, lists of ids that stop behind the first end token, their perplexity: exp of the mean nats a token.
@@ -275,6 +275,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
     if not all(0 < share <= 1 for share in args.hide or []):
         raise UserError(f"--hide {args.hide}: must be above 0, and 1 or less")
+    if not (0 <= args.seed <= 2**62 and args.threads <= 2**10):
+        raise UserError(f"--seed {args.seed} --threads {args.threads}: must be from 0 on, 2^62 and 1024 at most")
     for name in ("churn", "threads", "guidance"):
         if not (np.min(value := getattr(args, name), initial=0) >= 0 and np.isfinite(value).all()):
             raise UserError(f"--{name} {value}: must be 0 or more")
@@ -465,12 +467,12 @@ def main(argv: list[str]) -> None:
                 cells.append(f"{result['tokens']:12.3f}{result['texts']:8.3f}{result['nats']:8.3f}")
             print(f"{label:12}" + "".join(cells), flush=True)
     try:
-        (folder / "quality.json").write_text(json.dumps(report, indent=1))
-        plot(report, folder / "quality.png")
-        if args.guidance:
-            plot_guidance(report, args.guidance, folder / "guidance.png")
+        replace_file(folder / "quality.json", json.dumps(report, indent=1))
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); make room there") from None
+    picture(folder / "quality.png", lambda path: plot(report, path))
+    if args.guidance:
+        picture(folder / "guidance.png", lambda path: plot_guidance(report, args.guidance, path))
 
 
 if __name__ == "__main__":

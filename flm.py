@@ -33,7 +33,7 @@ import page
 import prompts
 import sources
 from parallel import distribute, gradients, like, load_optimizer, reshard, to_save, unshard, whole
-from run import (MISFITS, Log, clear, first_does, first_line, guard, lasting, open_folder, parse, program, rank,
+from run import (MISFITS, Log, clear, first_does, first_line, guard, lasting, open_folder, parse, picture, program, rank,
                  read_checkpoint, say, setting, setup, stop, total, unlocks, validate, world, write_checkpoint,
                  write_settings)
 from sources import UserError
@@ -852,12 +852,28 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
     most = rows_at_once(model)
     micro = config.micro_batch_size or next(m for m in range(local, 0, -1) if local % m == 0 and m <= most)
 
+    if rank() == 0:
+        model.tokenizer.save(path.with_name("tokenizer.json"))
     log = Log(path.parent, kind, first)
     bar = tqdm(total=config.max_steps, initial=first, unit="step", disable=rank() != 0, file=sys.stderr, mininterval=1)
     history, bins, since = [], torch.zeros(2, 10, device=device), time.perf_counter()
     least, skipped, kept, stopped = math.inf, 0, f"{path} holds step {first}" if first else "none was saved yet", False
+
+    def evaluate(done: int) -> None:
+        with weights(objective, ema):
+            by_tau = held_out_loss(model, loss, corpus, config.eval_rows if done < config.max_steps else sys.maxsize)
+            texts = to_lines(model, sample(model, 4, 16, config.seed))
+        if not all(map(math.isfinite, by_tau)):
+            raise UserError(f"the held-out loss of step {done} is not a number; go back to {path.stem}.prev.pt, the save "
+                            "before, if there is one, and try a smaller --lr")
+        log.write(step=done, heldout=sum(by_tau) / 10, heldout_by_tau=by_tau, samples=texts)
+        say(f"step {done}: held-out loss {sum(by_tau) / 10:.4f} a position, by tenth of tau "
+            + " ".join(f"{x:.3f}" for x in by_tau) + "".join(f"\n    {text}" for text in texts))
     if first >= config.max_steps:
         say(f"{path} has all its {config.max_steps} steps: nothing is left to train")
+    owed = first and (first % config.eval_every == 0 or first == config.max_steps) and first not in log.evaluated()
+    if total(torch.tensor(float(owed and rank() == 0), device=device)):  # it was cut off in an evaluation
+        evaluate(first)
     model.train()
     for step in stop.hold(range(first, last)):
         torch.manual_seed(mix(config.seed, 2, step, rank()))  # dropout
@@ -887,8 +903,8 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
         bar.update()
 
         done, stopped = step + 1, stop.asked()
-        evaluate = done % config.eval_every == 0 or done == config.max_steps
-        save = evaluate or stopped or done == last
+        judged = done % config.eval_every == 0 or done == config.max_steps
+        save = judged or stopped or done == last
         if done % config.log_every == 0 or save:  # the only place that waits for the device
             values = (total(torch.stack(history)) / world()).tolist()
             good = [pair for pair in values if all(map(math.isfinite, pair))]
@@ -922,14 +938,9 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
                 say(f"{error}; tries again at the next save")
         if stopped:
             break
-        if evaluate:
+        if judged:
             stop.let()
-            with weights(objective, ema):
-                by_tau = held_out_loss(model, loss, corpus, config.eval_rows if done < config.max_steps else sys.maxsize)
-                texts = to_lines(model, sample(model, 4, 16, config.seed))
-            log.write(step=done, heldout=sum(by_tau) / 10, heldout_by_tau=by_tau, samples=texts)
-            say(f"step {done}: held-out loss {sum(by_tau) / 10:.4f} a position, by tenth of tau "
-                + " ".join(f"{x:.3f}" for x in by_tau) + "".join(f"\n    {text}" for text in texts))
+            evaluate(done)
         if not history:
             since = time.perf_counter()
     bar.close()
@@ -939,7 +950,7 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
     unshard(objective)
     model.eval()
     if rank() == 0 and last == config.max_steps:
-        log.plot(path.with_suffix(".loss.png"))
+        picture(path.with_suffix(".loss.png"), log.plot)
 
 
 # -------------------------------------------------------------------------------------------------- 7. Command line
@@ -1072,7 +1083,6 @@ def main(argv: list[str]) -> None:
     model = build(config, corpus.tokenizer, corpus.log_p).to(device)
     if rank() == 0 and not config.resume:
         clear(Path(config.run_dir), "flm", "fmlm", "correction")  # a map distilled from the old flow goes with it
-        corpus.tokenizer.save(Path(config.run_dir) / "tokenizer.json")
         write_settings(config, "flm")
     say(f"{config.dataset}: {corpus.blocks('train')} rows of {config.seq_len} tokens to train on, "
         f"{'none (too little text)' if corpus.borrowed else corpus.blocks('heldout')} held out, V = {model.V}; "

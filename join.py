@@ -6,7 +6,7 @@ from pathlib import Path
 import data
 import flm
 import sources
-from run import FREE, lasting, open_folder, parse, read_settings, say, setup, validate
+from run import FREE, config_file, lasting, open_folder, parse, read_settings, say, setup, validate
 from sources import UserError
 
 MACHINES = {"bf16", "compile", "micro_batch_size", "loss_chunk"}  # the flow may have been trained on another one
@@ -41,6 +41,9 @@ def join(settings: dict, given: set[str], kind: str, Config: type, preset: dict[
     settings |= {name: value for name, value in inherited.items() if name not in own(Config) | MACHINES | given}
     config = Config(**open_folder(settings, given, kind, Config))
     flm.check(config)
+    same = {f.name for f in fields(flm.Network)} - own(Config) - {"dataset", "data_dir"}
+    if wrong := [name for name in same if getattr(config, name) != getattr(flow.config, name)]:
+        raise UserError(f"{config_file(folder, kind)}: its {sorted(wrong)[0]} is not the flow's; --overwrite trains anew")
     training = flm.Config(**{f.name: getattr(config, f.name) for f in fields(flm.Config)})
     corpus = flm.corpus_for(training, device)
     check_text(flow, corpus, text["data_dir"] or text["dataset"])

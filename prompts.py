@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from data import Tokenizer
+from page import on_one_line
 from sources import UserError
 
 MASK = re.compile(r"\[MASK(?::(\d{1,9}))?\]")
@@ -19,7 +20,7 @@ def parse(tokenizer: Tokenizer, L: int, packing: bool, prompt: str, infill: str,
     the text goes on behind it, unseen. Raises UserError for what does not fit or cannot be encoded, or if none is unknown.
     """
     flag, text = ("--infill", infill) if infill else ("--prompt", prompt)
-    name = f"{flag} {text if len(text) <= 40 else text[:37] + '...'}"
+    name = f"{flag} {on_one_line(text if len(text) <= 40 else text[:37] + '...')}"
     if prompt and infill:
         raise UserError(f"{name}: goes without --prompt; an infill with its gaps at the end is a prompt")
     gap = f"one {mask_char}" if tokenizer.kind == "chars" else "[MASK] or [MASK:5]"

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sources import UserError
+from sources import UserError, replace_file
 
 # Flags that may differ from those a run was begun with, and are not kept with it: they decide no weight (but for rounding,
 # which follows device and threads).
@@ -84,20 +84,26 @@ def flag(name: str) -> str:
 # ---------------------------------------------------------------------------------------------------------- processes
 
 
+def number(name: str, default: int = 0) -> int:
+    """What torchrun tells a process."""
+    text = os.environ.get(name, str(default))
+    return int(text) if text.isdecimal() else default
+
+
 def rank() -> int:
-    return int(os.environ.get("RANK", 0))
+    return number("RANK")
 
 
 def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return number("LOCAL_RANK")
 
 
 def world() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return number("WORLD_SIZE", 1)
 
 
 def machine() -> int:
-    return int(os.environ.get("GROUP_RANK", 0))
+    return number("GROUP_RANK")
 
 
 processes: list[list[int]] = []  # of each rank, its machine and the number of its process there
@@ -106,6 +112,7 @@ processes: list[list[int]] = []  # of each rank, its machine and the number of i
 def setup(kind: str, threads: int) -> torch.device:
     """Sets the number of threads, chooses the device and, under torchrun, joins the process group."""
     keep_memory()
+    torch.set_flush_denormal(True)  # a sure network's gradients fall below float32's range, where a CPU is 100 times slower
     if threads:
         torch.set_num_threads(threads)
     if kind == "auto":
@@ -116,9 +123,13 @@ def setup(kind: str, threads: int) -> torch.device:
     if kind == "cuda":
         torch.cuda.set_device(device)
     if world() > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
-                                device_id=device if kind == "cuda" else None,
-                                timeout=timedelta(days=1))  # one process may tokenise for hours while the others wait
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+                                    device_id=device if kind == "cuda" else None,
+                                    timeout=timedelta(days=1))  # one may tokenise for hours while the others wait
+        except ValueError as error:
+            raise UserError(f"WORLD_SIZE is {world()}, but {first_line(error)}; start it by torchrun, or unset WORLD_SIZE"
+                            ) from None
         places = torch.zeros(world(), 2, dtype=torch.long)
         places[rank()] = torch.tensor([machine(), os.getpid()])
         processes[:] = total(places).tolist()
@@ -212,7 +223,7 @@ class Stop:
                 more = ear.recv(1)
         if more != b"":
             with contextlib.suppress(OSError):
-                os.write(2, b"\nended at once; what was saved is whole\n")
+                os.write(2, b"\nended at once; what was saved is whole, the same command or --resume goes on\n")
             os._exit(128 + first[0])
 
     def hold(self, steps: Iterable[int]) -> Iterator[int]:
@@ -287,6 +298,7 @@ def guard(main: Callable[[list[str]], None], resumes: bool = False) -> int:
             main(sys.argv[1:])
             if dist.is_initialized():
                 dist.barrier()  # who leaves first takes the connections of the others with it
+            stop.waits = True  # nothing is left to stop
             sys.stdout.flush()
         except (Exception, KeyboardInterrupt) as error:
             stop.waits = True  # no second one while the first is dealt with
@@ -303,7 +315,7 @@ def guard(main: Callable[[list[str]], None], resumes: bool = False) -> int:
 
 def fault(error: BaseException, resumes: bool) -> tuple[int, str]:
     """The exit status and the line that tell what went wrong. Raises what is nobody's fault but the program's."""
-    name, text = Path(sys.argv[0]).name, str(error)
+    name, text, resumes = Path(sys.argv[0]).name, str(error), resumes and "--sample" not in sys.argv
     if isinstance(error, UserError):
         return 2, f"{name}: {error}" * (local_rank() == 0)  # a fault may be one machine's own, so each says it once
     if isinstance(error, BrokenPipeError):  # | head
@@ -317,7 +329,7 @@ def fault(error: BaseException, resumes: bool) -> tuple[int, str]:
         return 128 + (stop.signal or signal.SIGINT), (text or hint) * (rank() == 0)
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and (
             isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text):
-        return 2, f"{name}: out of memory ({first_line(error)}); give a smaller --micro-batch-size, or see README.md"
+        return 2, f"{name}: out of memory ({first_line(error)}); make batch, network or vocabulary smaller; see README.md"
     if isinstance(error, OSError) and error.strerror:
         return 2, f"{name}: {error.filename or 'standard output'}: {error.strerror}; make room there, or name another place"
     raise error
@@ -379,7 +391,10 @@ def read_checkpoint(path: Path) -> dict:
 
     Raises UserError for a missing, damaged or foreign file.
     """
+    spare = path.with_suffix(".prev.pt")
     if not path.is_file():
+        if spare.is_file() or path.exists():
+            raise UserError(f"{path}: no such file; {spare} is the one before it, if it is there: rename that")
         if config_file(path.parent, path.stem).exists():
             raise UserError(f"{path}: this run has saved no checkpoint yet; give the command that began it once more, or "
                             "--resume")
@@ -390,8 +405,8 @@ def read_checkpoint(path: Path) -> dict:
         check_content(content)
         return content
     except Exception as error:  # zipfile, torch and pickle each raise their own
-        spare = path.with_suffix(".prev.pt")
-        mend = f"{spare} is the one before it: rename that" if spare.exists() else "train again with --overwrite"
+        mend = f"{spare} is the one before it: rename that" if spare.exists() else (
+            f"train again: {program(path.stem)} --run-dir {path.parent} --overwrite")
         raise UserError(f"{path}: not a whole checkpoint ({first_line(error)}); {mend}") from None
 
 
@@ -441,10 +456,12 @@ def files(folder: Path, kind: str) -> list[Path]:
     return [*(folder / f"{kind}{end}" for end in ends), config_file(folder, kind)]
 
 
-def clear(folder: Path, *kinds: str) -> None:
+def clear(folder: Path, *kinds: str, but: Path | None = None) -> None:
+    """Removes what runs have left; their settings first, without which nothing goes on by itself."""
     for kind in kinds:
-        for path in files(folder, kind):
-            path.unlink(missing_ok=True)
+        for path in reversed(files(folder, kind)):
+            if path != but:
+                path.unlink(missing_ok=True)
 
 
 def write_settings(config, kind: str) -> None:
@@ -452,17 +469,12 @@ def write_settings(config, kind: str) -> None:
     replace_file(config_file(Path(config.run_dir), kind), json.dumps(lasting(config), indent=1))
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Writes a small file whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
 def read_settings(folder: Path, kind: str, Config: type) -> dict:
     """The settings that the K = `kind` of this folder was begun with. Raises UserError where there are none."""
     path = config_file(folder, kind)
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("not a file")
         stored = json.loads(path.read_text())
         defaults = lasting(Config())  # what an older program did not know it did not do
         if not isinstance(stored, dict) or "dataset" not in stored or stored.keys() - defaults.keys():
@@ -472,8 +484,16 @@ def read_settings(folder: Path, kind: str, Config: type) -> dict:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file, so no run to go on with; put it back, or train anew: {program(kind)} "
                         f"--run-dir {folder} --overwrite") from None
-    except (OSError, ValueError, UserError) as error:
+    except (OSError, ValueError, UserError, RecursionError) as error:
         raise UserError(f"{path}: not the settings of a run ({first_line(error)}); --overwrite trains anew") from None
+
+
+def is_run(folder: Path, kind: str, Config: type) -> bool:
+    """Whether a run has settings, our own: one without a checkpoint yet may start anew."""
+    try:
+        return bool(read_settings(folder, kind, Config))
+    except UserError:
+        return False
 
 
 def open_folder(settings: dict, given: set[str], kind: str, Config: type) -> dict:
@@ -492,8 +512,8 @@ def open_folder(settings: dict, given: set[str], kind: str, Config: type) -> dic
     if settings["resume"] and settings["overwrite"]:
         raise UserError("--resume and --overwrite exclude each other; give one")
     if not settings["resume"]:
-        checkpoint, spare, log, *_ = files(folder, kind)
-        foreign = [] if log.exists() else [config_file(folder, kind)]  # a run without a checkpoint yet may start anew
+        checkpoint, spare, *_ = files(folder, kind)
+        foreign = [] if is_run(folder, kind, Config) else [config_file(folder, kind)]
         taken = [path.name for path in [checkpoint, spare, *foreign] if path.exists()]
         if taken and not settings["overwrite"]:
             raise UserError(f"{folder}: holds a run ({taken[0]}); --resume goes on with it, --overwrite replaces it, "
@@ -533,6 +553,17 @@ def lock(folder: Path) -> None:
                             ) from None
 
 
+def picture(path: Path, draw: Callable[[Path], None]) -> None:
+    """Draws it into a file, or says why not: no picture is worth a run."""
+    try:
+        from matplotlib import rc_context
+
+        with rc_context({"text.parse_math": False}):  # a name may hold a $
+            draw(path)
+    except Exception as error:  # matplotlib's are many
+        say(f"{path}: could not be drawn ({first_line(error)})")
+
+
 def lasting(config) -> dict:
     """The settings that decide the weights: what config.json and checkpoints keep."""
     return {name: value for name, value in asdict(config).items() if name not in FREE}
@@ -552,9 +583,9 @@ class Log:
                 for line in self.path.read_bytes().splitlines() if step else ():
                     try:
                         line = json.loads(line)
-                        if line["step"] <= step:
+                        if line["step"] <= step and all(isinstance(text, str) for text in line.get("samples", [])):
                             self.lines.append(line)
-                    except (ValueError, KeyError, TypeError):  # cut off in the middle
+                    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # cut off in the middle
                         break
             self.written = 0
             self.save()
@@ -580,14 +611,11 @@ class Log:
         except OSError as error:
             say(f"{error.filename or self.path}: cannot be written ({error.strerror}); tries again at the next line")
 
+    def evaluated(self) -> set[int]:
+        return {line["step"] for line in self.lines if "heldout" in line}
+
     def plot(self, path: Path) -> None:
         """Loss over steps, and the last held-out loss by tenth of tau."""
-        try:
-            self.draw(path)
-        except Exception as error:  # a picture is not worth a run
-            say(f"{path}: could not be drawn ({first_line(error)})")
-
-    def draw(self, path: Path) -> None:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(10, 4), layout="constrained")

@@ -296,6 +296,17 @@ def restart(file: BinaryIO) -> int:
     return file.seek(0)
 
 
+def replace_file(path: Path, text: str) -> None:
+    """Writes a small file whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
 @contextmanager
 def writable(path: Path) -> Iterator[None]:
     try:

@@ -13,12 +13,14 @@ import torch  # noqa: E402
 from conftest import tally  # noqa: E402
 
 import baselines  # noqa: E402
+import convert  # noqa: E402
 import distill  # noqa: E402
 import evaluate  # noqa: E402
 import flm  # noqa: E402
 from run import guard, read_checkpoint  # noqa: E402
 
-MAINS = {"flm.py": flm.main, "distill.py": distill.main, "baselines.py": baselines.main, "evaluate.py": evaluate.main}
+MAINS = {"flm.py": flm.main, "distill.py": distill.main, "baselines.py": baselines.main, "evaluate.py": evaluate.main,
+         "convert.py": convert.main}
 PARENT = multiprocessing.get_context("forkserver")
 PARENT.set_forkserver_preload(["nursery", "tqdm", "matplotlib.figure", "filelock", "torch._dynamo"])
 
@@ -32,7 +34,7 @@ def live(program: str, line: str, folder: Path, name: str, most: int | None) -> 
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
     torch.set_num_threads(1)
     sys.argv = [program, *shlex.split(line)]
-    sys.exit(guard(MAINS[program], program != "evaluate.py"))
+    sys.exit(guard(MAINS[program], program not in ("evaluate.py", "convert.py")))
 
 
 class Child:

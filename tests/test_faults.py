@@ -16,10 +16,11 @@ import torch
 from conftest import tally
 from nursery import Child, last_line, same
 
+import convert
 import flm
 from run import read_checkpoint
 from sources import UserError
-from test_flm import HERE, TINY, command, settings
+from test_flm import HERE, TINY, command, released, settings
 
 TEXT = "".join(f"{word}{i}\n" for i in range(300) for word in ("one ", "twenty "))
 LINE = f"--run-dir r --dataset a.txt --tokenizer chars --seq-len 16 --log-every 5 {TINY.replace('--log-every 1', '')}"
@@ -89,7 +90,7 @@ def test_a_process_ends_in_the_middle_of_a_step_that_takes_too_long(folder, sign
     assert child.status(15) == 128 + signal.SIGTERM
     took = time.monotonic() - start
     assert took < 10 if signals == 1 else took < 2
-    assert last_line(child.err) == "ended at once; what was saved is whole"
+    assert last_line(child.err) .startswith("ended at once; what was saved is whole")
 
 
 def test_a_signal_ends_preparation_and_the_same_command_goes_on(folder):
@@ -99,8 +100,15 @@ def test_a_signal_ends_preparation_and_the_same_command_goes_on(folder):
         child = Child("flm.py", line, folder).until("tokenising a")
         time.sleep(0.5)
         assert child.hit(number).status(10) == 128 + number
-        assert "the same command" in last_line(child.err) and "Trace" not in child.err
+        assert "the same command" in child.err and "Trace" not in child.err
         assert not list(Path("data").glob("a-*")) and list(Path("data").glob(".a-*.part"))
+    run = subprocess.Popen([sys.executable, str(HERE / "flm.py"), *line.split()], stderr=open("err", "w"),
+                           start_new_session=True)
+    while "tokenising a" not in Path("err").read_text():
+        assert run.poll() is None
+    time.sleep(0.5)
+    os.killpg(run.pid, signal.SIGHUP)  # a terminal that is closed tells all its processes
+    assert run.wait(10) == 128 + signal.SIGHUP and "Error" not in Path("err").read_text()
     again = Child("flm.py", line, folder)
     assert again.status() == 0, again.err
 
@@ -210,6 +218,78 @@ def test_a_signal_to_one_or_both_processes_saves_the_same_step(folder, numbers):
     assert run.wait(20) != 0
     assert "stopped; r/flm.pt holds step" in Path("err").read_text()
     assert read_checkpoint(Path("r/flm.pt"))["step"] > 20
+
+
+def test_what_a_kill_leaves_of_an_overwritten_run_never_goes_on_as_the_old_one(folder, whole, monkeypatch):
+    """Cut off at each file that is removed: the old run whole, or none that --resume knows, and the same command goes on."""
+    for n in range(12):
+        shutil.copytree(whole, "r", dirs_exist_ok=True)
+        with monkeypatch.context() as cut:
+            def unlink(path, missing_ok=False, left=[n]):  # noqa: B006
+                left[0] -= 1
+                if left[0] < 0:
+                    raise KeyboardInterrupt
+                os.unlink(path) if path.exists() else None
+            cut.setattr(Path, "unlink", unlink)
+            with pytest.raises(KeyboardInterrupt):
+                flm.main(f"{FLOW} --seed 7 --overwrite".split())
+        if n:
+            with pytest.raises(UserError, match="config.json: no such file, so no run to go on with"):
+                flm.main("--run-dir r --resume".split())
+    flm.main(f"{FLOW} --seed 7 --overwrite --stop-after 1".split())
+    assert read_checkpoint(Path("r/flm.pt"))["step"] == 1
+    shutil.rmtree("r")
+
+
+def test_a_checkpoint_that_is_gone_is_offered_the_one_before(folder, whole):
+    shutil.copytree(whole, "r")
+    Path("r/flm.pt").unlink()
+    for line in "--resume", "--sample":
+        with pytest.raises(UserError, match="r/flm.pt: no such file; r/flm.prev.pt is the one before it"):
+            flm.main(["--run-dir", "r", line])
+
+
+@pytest.mark.parametrize("step", (40, 200))
+def test_an_evaluation_that_was_cut_off_is_made_up_for(folder, whole, step):
+    """In the middle of the run, and at its end: the log is that of a run left alone, and so is the picture there."""
+    child = Child("flm.py", FLOW, folder)
+    end = time.monotonic() + 60
+    while not Path("r/flm.pt").exists() or read_checkpoint(Path("r/flm.pt"))["step"] < step:
+        assert time.monotonic() < end
+    child.hit(signal.SIGKILL).status()
+    log = [json.loads(line) for line in Path("r/flm.log.jsonl").read_text().splitlines()]
+    Path("r/flm.log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log if (
+        line["step"], "heldout" in line) != (read_checkpoint(Path("r/flm.pt"))["step"], True)))  # as if it had been sooner
+    again = Child("flm.py", "--run-dir r --resume", folder)
+    assert again.status() == 0, again.err
+    heldout = [{line["step"]: line["heldout"] for line in map(json.loads, (place / "flm.log.jsonl").read_text().splitlines())
+                if "heldout" in line} for place in (Path("r"), whole)]
+    assert heldout[0] == heldout[1] and Path("r/flm.loss.png").exists()
+
+
+def test_a_tokenizer_that_is_gone_comes_back(folder, whole):
+    shutil.copytree(whole, "r")
+    Path("r/tokenizer.json").unlink()
+    assert Child("flm.py", "--run-dir r --resume", folder).status() == 0
+    assert Path("r/tokenizer.json").read_bytes() == (whole / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("name, value", (("WORLD_SIZE", "2"), ("RANK", "abc")))
+def test_half_a_torchrun_is_one_line_or_none(folder, name, value):
+    done = subprocess.run([sys.executable, str(HERE / "flm.py"), *f"{LINE} --max-steps 1".split()], capture_output=True,
+                          text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1", name: value})
+    assert "Trace" not in done.stderr
+    assert done.returncode == 0 if name == "RANK" else "start it by torchrun" in last_line(done.stderr)
+
+
+def test_a_checkpoint_is_converted_whole_or_not_at_all(folder):
+    """On a full disk the run that was there stays."""
+    released("good.ckpt", 19, two_times=False)
+    convert.main("good.ckpt --seq-len 8 --run-dir c".split())
+    before = {path.name: path.read_bytes() for path in Path("c").iterdir()}
+    child = Child("convert.py", "good.ckpt --seq-len 8 --run-dir c --overwrite", folder, most=20000)
+    assert child.status() == 2 and "cannot be written" in child.err
+    assert before == {path.name: path.read_bytes() for path in Path("c").iterdir()}
 
 
 def test_a_damaged_checkpoint_is_refused_or_loads_every_tensor(whole, folder):

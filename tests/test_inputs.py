@@ -18,6 +18,7 @@ import zipfile
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import tally
@@ -88,7 +89,7 @@ def restore() -> None:
 
 
 kinds = st.sampled_from(("flip", "cut", "insert", "delete"))
-edits = st.lists(st.tuples(kinds, st.floats(0, 1), st.binary(min_size=1, max_size=8)), min_size=1, max_size=4)
+edits = st.lists(st.tuples(kinds, st.floats(0, 1, allow_subnormal=False), st.binary(min_size=1, max_size=8)), min_size=1, max_size=4)
 
 
 def edited(content: bytes, changes: list) -> bytes:
@@ -240,6 +241,27 @@ def test_token_files(name, change):
     if status == 2:  # as the line says
         shutil.rmtree(path.parent)
         assert attempt("flm.py", line)[0] == 0
+
+
+@pytest.mark.parametrize("arrays", (dict(x=1), dict(batches=[1, 2], counts=[0] * 18, train=(0, 0), heldout=(0, 0)),
+                                    dict(batches=1, counts=[1], train=(0, 0), heldout=(0, 0)),
+                                    dict(batches=-1, counts=[-1] * 18, train=(-1, 0), heldout=(0, 0))))
+def test_progress_that_is_damaged_begins_again(arrays):
+    """What a preparation that was cut off has left."""
+    path = next(Path("data").glob("a-*"))
+    whole = {name: (path / name).read_bytes() for name in ("train.bin", "heldout.bin")}
+    path = path.rename(path.with_name(f".{path.name}.part"))
+    (path / "meta.json").unlink()
+    np.savez(path / "counts.npz", **arrays)
+    assert attempt("flm.py", f"{STEP} --overwrite --dataset a.txt --tokenizer chars --seq-len 16")[0] == 0
+    assert all(next(Path("data").glob(f"a-*/{name}")).read_bytes() == content for name, content in whole.items())
+
+
+@pytest.mark.parametrize("name, line", (("config.json", "--resume"), ("tokenizer.json", "--sample"), ("flm.log.jsonl", "")))
+def test_deep_nesting_is_one_line_or_nothing(name, line):
+    Path("r", name).write_text("[" * 200_000)
+    status, said = attempt("flm.py", f"--run-dir r {line or '--resume --stop-after 2'}")
+    assert status == (2 if line else 0) and (name in said or not line)
 
 
 @given(st.sampled_from(("chars", "bpe", "gpt2", "ids")), edits | st.tuples(paths, values))
