@@ -246,7 +246,7 @@ class Corpus:
                 here = place // n == epoch
                 order, cut = shuffle(self.seed, int(epoch), n)
                 start[here] = order[place[here] % n] * L + (cut % len(tokens) if self.packing else 0)
-        index = (start[:, None] + np.arange(L)) % len(tokens)
+        index = (start[:, None] + np.arange(L)) % len(tokens)  # behind the end the text begins again
         ids = tokens[index].astype(np.int64)
         if ids.max(initial=0) >= self.tokenizer.vocab_size:
             raise UserError(f"{getattr(tokens, 'filename', split)}: damaged, it holds a token beyond the vocabulary; remove "
@@ -446,28 +446,28 @@ def prepare(dataset: str, tokenizer: str, seq_len: int, packing: bool, seed: int
         meta = json.loads((folder / "meta.json").read_text())
         if meta["checksums"] != checksums(folder) or settings | meta != meta:
             raise ValueError("they are not what meta.json says")
-        tokens = Tokenizer(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
-        dtype = token_type(tokens.vocab_size)
+        codec = Tokenizer(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
+        dtype = token_type(codec.vocab_size)
         splits = {split: np.memmap(folder / f"{split}.bin", dtype, mode="r", shape=(n,)) if n else np.empty(0, dtype)
                   for split, n in ((split, meta["tokens"][split]) for split in ("train", "heldout"))}
         if any((folder / f"{split}.bin").stat().st_size != ids.nbytes for split, ids in splits.items()):
             raise ValueError("there are more or fewer tokens than meta.json says")
-        counts = read_counts(folder, tokens.vocab_size)["counts"]
+        counts = read_counts(folder, codec.vocab_size)["counts"]
     except UserError:
         raise
     except Exception as error:  # `tokenizers` raises bare Exception
         raise UserError(f"{folder}: damaged token files ({type(error).__name__}: {str(error)[:200]}); remove the folder, "
                         "and the next run makes it again") from None
-    corpus = Corpus(tokens, splits, meta, torch.empty(0), seq_len, packing, seed, batch_size, False)
+    corpus = Corpus(codec, splits, meta, torch.empty(0), seq_len, packing, seed, batch_size, False)
     borrowed = [split for split in splits if not corpus.blocks(split)]
     if len(borrowed) == 2:
         raise UserError(f"{dataset}: {sum(meta['tokens'].values())} tokens do not fill one row of --seq-len {seq_len}; "
                         "give a smaller one or --no-packing")
     if borrowed:
-        corpus.splits = dict.fromkeys(splits, next(tokens for split, tokens in splits.items() if split not in borrowed))
+        corpus.splits = dict.fromkeys(splits, next(ids for split, ids in splits.items() if split not in borrowed))
         corpus.borrowed = True
         if "train" in borrowed:  # then it is a short text
-            counts = np.bincount(corpus.splits["train"], minlength=tokens.vocab_size)
+            counts = np.bincount(corpus.splits["train"], minlength=codec.vocab_size)
     corpus.log_p = torch.from_numpy((counts + 1) / (counts + 1).sum()).log().float()
     return corpus
 

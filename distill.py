@@ -71,7 +71,7 @@ def sample(model: Transformer, n: int, steps: int, seed: int, renoise: float = 0
 
 
 # -------------------------------------------------------------------------------------------------- 2. Objectives
-# Each names what delta_{s,t} must equal if X is the flow of `denoiser`, whose D_t is delta_{t,t}: a target for the network,
+# Each gives what delta_{s,t} must equal if X is the flow of `denoiser`, whose D_t is delta_{t,t}: a target for the network,
 # (B, L, V) from its own delta, that is held fixed. All have the same solution; they differ in what stands between a network
 # and it.
 
@@ -88,6 +88,7 @@ def semigroup(delta: Delta, denoiser: Callable, model: nn.Module, state: Tensor,
     first = delta(state, tau_s, tau_u)
     second = delta(move(model, state, first, tau_s, tau_u), tau_u, tau_t)
     w = (1 - t) * (u - s) / ((1 - u) * (t - s))
+    # 0 at t = 1, also where u rounds to 1; as t falls to s it tends to 1/2
     w = torch.where(t == 1, 0.0, torch.where(t - s < 1e-6, 0.5, w))
     return torch.lerp(second, first, w.clamp(0, 1))
 

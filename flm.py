@@ -9,7 +9,7 @@
     torchrun --standalone --nproc_per_node=8 flm.py --dataset my.txt
 
 Paper: "One-step Language Modeling via Continuous Denoising", arXiv 2602.16813. t = 0 is noise and t = 1 is data, always.
-B, L, V, D: rows, positions, vocabulary, width. What a GPT would not have is marked [FLM]; runs, flags and files: run.py.
+B, L, V, D: rows, positions, vocabulary, width. What a GPT would not have is marked; runs, flags and files: run.py.
 """
 
 import contextlib
@@ -44,8 +44,8 @@ from sources import UserError
 def decodability(t: Tensor, V: int) -> Tensor:
     """tau(t) = (V P - 1) / (V - 1), P the probability that the argmax of a noisy one-hot at time t is right.
 
-    P = E[Phi(z + t/(1-t))^(V-1)], z ~ N(0, 1): the right coordinate stands above V - 1 independent others. The trapezoid
-    rule on these nodes is exact to 1e-14. t: float64, in [0, 1). Runs from 0 to 1.
+    P = E[Phi(z + t/(1-t))^(V-1)], z ~ N(0, 1): the right coordinate, in units of the noise z + t/(1-t), stands above V - 1
+    others. The trapezoid rule on these nodes is exact to 1e-14. t: float64, in [0, 1). tau rises from 0, guessing, to 1.
     """
     z = torch.linspace(-12, 12, 401, dtype=torch.float64)
     log_phi = torch.special.log_ndtr(z + (t / (1 - t))[..., None])
@@ -123,11 +123,12 @@ class Rows:
             noise.normal_(generator=generator.manual_seed(mix(self.seed, self.step, row)))
         if self.tau is not None:
             return torch.full((len(white),), self.tau, device=device), white
-        tau = [(row + mix(self.seed, self.step, row, 1) / 2**32) / self.total for row in self.index]  # [FLM] stratified:
-        return send(torch.tensor(tau), device), white  # one draw in each of `total` equal strata
+        # [FLM] times are stratified over the batch: one draw in each of `total` equal strata of tau
+        tau = [(row + mix(self.seed, self.step, row, 1) / 2**32) / self.total for row in self.index]
+        return send(torch.tensor(tau), device), white
 
     def known(self, tokens: Tensor, prob: float, end: int | None) -> Tensor:
-        """[FLM] What rows are told of their texts in training, with probability `prob`: tokens (B, L), -1 where unknown.
+        """What rows are told of their texts in training, with probability `prob`: tokens (B, L), -1 where unknown.
 
         A prefix, all but a span, or tokens here and there: a third each, of random size, never the whole. Of padded rows,
         `end` being their end token, a prefix does not reach it and the other two know the padding: how long the text is.
@@ -175,12 +176,13 @@ def mix(*numbers: int) -> int:
 def flow_loss(model: nn.Module, tokens: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
     """[FLM] The whole training objective: cross-entropy of the denoiser against the clean token, at a random time.
 
-    tokens (B, L) -> loss (B,) in nats a position, tau (B,).
+    tokens (B, L) -> loss (B,) in nats a position, tau (B,). What a row is told of its tokens counts 0.
     """
     tau, white = rows.draw(tokens.shape[1], model.noise_dims, tokens.device)
     t = model.clock.t(tau)[:, None, None]
     state = model.noise(white).lerp_(model.clean(tokens), t)  # x_t = (1 - t) x0 + t x1, in the place of x0
-    return model(state, tau, known=model.told(tokens, rows), targets=tokens).mean(1), tau
+    nats = model(state, tau, known=model.told(tokens, rows), targets=tokens)  # F.cross_entropy(logits, tokens): (B, L)
+    return nats.mean(1), tau
 
 
 def euler(denoiser: Callable[[Tensor, Tensor, Tensor], Tensor], state: Tensor, clock: Clock, steps: int,
@@ -192,34 +194,33 @@ def euler(denoiser: Callable[[Tensor, Tensor, Tensor], Tensor], state: Tensor, c
     denoiser(state, tau_s (B,), tau_t (B,)) -> probs (B, L, V): for a flow D_s, the expectation of the clean one-hots,
     whatever tau_t is; for a flow map delta_{s,t}, whose steps are exact. `clean` maps probs to the space of the state.
 
-    With r = share(t, t'), up to 1, a step goes on to a later t~, 1 - t~ = (1 - t') sqrt(1 - r^2), and returns to t' with
-    fresh noise(step), scaled so that the law of x_t' stays if the step to t~ was exact: with a map for every r (the paper's
-    "gamma-sampling" keeps it at 0 and 1 only), with Euler steps in the limit of many, if r falls with their length.
+    With r = share(t, t'), up to 1, a step goes on to a later t~ and, scaled, back to t', where the old noise then has
+    sqrt(1 - r^2) of its size, and fresh noise(step) has r. The law of x_t' stays if the step to t~ was exact: with a map for
+    every r (the paper's "gamma-sampling" keeps it at 0 and 1 only), with Euler steps in the limit of many, if r falls with
+    their length.
 
     Returns the last probs, whose argmax is the text. see(tau, state, probs) is told what each evaluation saw and said.
     """
     taus = torch.linspace(0, 1, steps + 1, device=state.device)
     ts = clock.t(taus)
-    for step, (tau, t, t_next) in enumerate(zip(taus, ts, ts[1:])):
-        last = step + 1 == steps
-        again = share is not None and not last
-        t_far = 1 - (1 - t_next) * (1 - share(t, t_next) ** 2) ** 0.5 if again else t_next
+    for step in range(steps):
+        tau, t, t_next = taus[step], ts[step], ts[step + 1]
+        r = share(t, t_next) if share and step + 1 < steps else 0
+        t_far = t_next / (t_next + (1 - t_next) * (1 - r**2) ** 0.5) if share else t_next  # t~
         probs = denoiser(state, tau.expand(len(state)), clock.tau(t_far).expand(len(state)))
         if see:
             see(tau, state, probs)
-        if last:
-            return probs
+        if step + 1 == steps:
+            return probs  # the last step, t' = 1, lands on clean(probs) itself
         state = state + (t_far - t) / (1 - t) * (clean(probs) - state)  # velocity b_t = (D_t - x) / (1 - t)
-        if again:
-            shrink = t_next / t_far  # x_t~ has t~ of the token and 1 - t~ of the noise
-            fresh = ((1 - t_next) ** 2 - (shrink * (1 - t_far)) ** 2).clamp(min=0).sqrt()
-            state = shrink * state + fresh * noise(step)
+        if share:
+            state = t_next / t_far * state + r * (1 - t_next) * noise(step)
 
 
 def sample(model: nn.Module, n: int, steps: int, seed: int, churn: float = 0.0, guidance: float = 0.0,
            known: Tensor | None = None, see: Callable | None = None) -> Tensor:
-    """Writes n texts in `steps` network evaluations: tokens (n, L). Text i is a pure function of the settings, the seed, i
-    and what is `known` of it: tokens (L,) or (n, L), -1 where there is none.
+    """[FLM] Writes n texts in `steps` network evaluations: tokens (n, L). Text i is a pure function of the settings, the
+    seed, i and what is `known` of it: tokens (L,) or (n, L), -1 where there is none.
 
     With churn > 0 steps take fresh noise and forget errors of earlier ones. For guidance see guided; `see` is euler's.
     """
@@ -252,8 +253,8 @@ def guided(model: nn.Module, w: float) -> Callable[..., Tensor]:
 
 
 def diffusion(churn: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """The share of fresh noise, r^2 = 1 - (SNR / SNR')^churn with SNR = t^2/(1-t)^2, that makes Euler steps those of a
-    diffusion with the flow's laws (Song et al. 2021); churn 1 is the ancestral sampler's."""
+    """The share of fresh noise, r^2 = 1 - (SNR / SNR')^churn of the variance with SNR = t^2/(1-t)^2, that makes Euler steps
+    those of a diffusion with the flow's laws (Song et al. 2021); churn 1 is the ancestral sampler's."""
     return lambda t, t_next: (1 - (t * (1 - t_next) / ((1 - t) * t_next)) ** (2 * churn)).clamp(min=0).sqrt()
 
 
@@ -287,7 +288,7 @@ def rows_at_once(model: nn.Module) -> int:
 
 
 class TimeEmbedding(nn.Module):
-    """tau (B,) -> (B, width): sinusoids of tau * scale, then a two-layer network."""
+    """[FLM] A GPT has no clock. tau (B,) -> (B, width): sinusoids of tau * scale, then a two-layer network."""
 
     def __init__(self, width: int, scale: float):
         super().__init__()
@@ -366,7 +367,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The network, which owns its state space: how noise and tokens become states, and how a state is read.
+    """[FLM] The network owns its state space: how noise and tokens become states, and how a state is read.
 
     Two parameterisations of the same flow, `config.parameterization`:
 
@@ -402,7 +403,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(D, V)
         blank = kind in ("ar", "mdlm") or not (self.linear or learned)
         self.blank = nn.Parameter(torch.zeros(D)) if blank else None
-        self.gain = None if self.linear else nn.Parameter(torch.zeros(config.cond_width))  # of a map on its noise
+        self.gain = None if self.linear else nn.Parameter(torch.zeros(config.cond_width))  # of a map on its state
         marked = config.condition_prob > 0 and kind not in ("ar", "mdlm")
         self.mark = nn.Parameter(torch.zeros(D)) if marked else None  # of known tokens
         angles = torch.arange(config.seq_len)[:, None, None, None] * 10000 ** -(
@@ -452,8 +453,8 @@ class Transformer(nn.Module):
         if not torch.is_grad_enabled() and self.kept_factor[0] == version:
             return self.kept_factor[1]
         gram = self.embedding.T @ self.embedding.detach()
-        gram = 2 * gram - gram.detach()  # E^T E, and its whole gradient, the product being symmetric, from half the work
-        factor, failed = torch.linalg.cholesky_ex(gram)  # [FLM] with its gradient: else that of E is biased
+        gram = 2 * gram - gram.detach()  # half the backward of E^T E, twice: Cholesky's gradient is symmetric
+        factor, failed = torch.linalg.cholesky_ex(gram)  # with its gradient: without, that of E is biased
         factor = torch.where(failed == 0, factor, math.nan)  # no waiting for `failed`: a NaN loss stops the run
         if not torch.is_grad_enabled():
             self.kept_factor = version, factor
@@ -477,8 +478,8 @@ class Transformer(nn.Module):
     def bayes_weight(self, tau_s: Tensor, tau_t: Tensor | None = None) -> Tensor:
         """[FLM] c (B, 1, 1): Bayes' rule for each token without its context is log p + c x_s, up to a constant.
 
-        A map from s to t must see noise that c = s/(1-s)^2 hides: it reads x_s with the weight its noise will have at m,
-        half-way in tau, k = m/((1-m)(1-s)), which is c where t = s.
+        A map from s to t must see noise that c hides. At m, half-way in tau, noise (1-m) eps will weigh m/(1-m)^2 in Bayes'
+        rule; on x_s, whose noise is (1-s) eps, that is k = m/((1-m)(1-s)), which is c where t = s. By .98 all is decided.
         """
         s = self.clock.t(tau_s)[:, None, None]
         m = s if tau_t is None else self.clock.t((tau_s + tau_t) / 2)[:, None, None]
@@ -499,11 +500,12 @@ class Transformer(nn.Module):
         read = weight = None
         if not self.linear:
             read = weight = self.bayes_weight(tau_s, tau_t)
-            if tau_t is not None:  # [FLM] the noise decides more the longer the journey
+            if tau_t is not None:  # [FLM] to a map noise is information, the more the longer its journey
                 weight = read + ((tau_t - tau_s) * (cond @ self.gain))[:, None, None]
         with torch.autocast(state.device.type, torch.bfloat16, enabled=bool(self.config.bf16)):
-            x = state if self.linear else in_chunks(self.mean_embedding, chunk, state, read)  # [FLM]
-            if known is not None and self.mark is not None:  # [FLM]
+            # [FLM] read the state: as it is (x_t E), or as the mean embedding of what Bayes' rule makes of each token
+            x = state if self.linear else in_chunks(self.mean_embedding, chunk, state, read)
+            if known is not None and self.mark is not None:  # [FLM] given tokens are read as they are, and marked
                 x = torch.where((known < 0)[..., None], x, F.embedding(known.clamp(min=0), self.embedding) + self.mark)
             if not self.linear and self.blank is not None:
                 x = x + self.blank
@@ -709,6 +711,7 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(p)
                 state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                # Nesterov: the gradient, moved on to the new average
                 update = whole(p.grad.lerp(state["momentum"], group["momentum"])).view(group["stacked"], -1, p.shape[1])
                 scale = 0.2 * math.sqrt(max(update.shape[1:]))
                 p.add_(like(orthogonalise(update).view(p.shape), p), alpha=-scale * group["lr"])
@@ -769,6 +772,47 @@ class Objective(nn.Module):
         return self.loss(self.model, tokens, rows)
 
 
+class Meter:
+    """Losses and gradient norms of training steps, kept on the device until they are read: only that waits for it."""
+
+    def __init__(self, device: torch.device, skip: int):
+        self.device, self.skip, self.skipped, self.least = device, skip, 0, math.inf
+        self.clear()
+
+    def clear(self) -> None:
+        self.steps, self.bins, self.since = [], torch.zeros(2, 10, device=self.device), time.perf_counter()
+
+    def rows(self, nll: Tensor, tau: Tensor) -> None:
+        """Losses and times (B,), summed by tenth of tau."""
+        finite = nll.isfinite()
+        self.bins.index_add_(1, (tau * 10).long().clamp(max=9), torch.stack([nll.where(finite, 0), finite.to(nll)]))
+
+    def step(self, loss: Tensor, norm: Tensor) -> None:
+        self.steps.append(torch.stack([loss, norm]))
+
+    def read(self, done: int, scale: float, kept: str) -> dict:
+        """What the steps since the last reading, up to `done`, have come to, for the log. Raises UserError, which says what
+        was `kept`, if more than `skip` steps were not a number, or the loss has exploded from its least: `scale` is that of
+        a model that knows nothing."""
+        values, (sums, counts) = (total(torch.stack(self.steps)) / world()).tolist(), total(self.bins).tolist()
+        good = [pair for pair in values if all(map(math.isfinite, pair))]
+        self.skipped += len(values) - len(good)
+        if self.skipped > self.skip:
+            bad = next(i for i, pair in enumerate(values, start=done - len(values)) if pair not in good)
+            raise UserError(f"the loss of step {bad} or its gradient is not a number; {kept}; try a smaller --lr, or "
+                            f"--resume --skip-bad-steps {10 + self.skip}")
+        loss = sum(nats for nats, _ in good) / len(good) if good else None
+        if good and loss > 10 * abs(self.least) + scale:  # far beyond what noise does
+            raise UserError(f"the loss has exploded, from {self.least:.3g} to {loss:.3g} in the steps before {done}; "
+                            f"{kept}; try a smaller --lr")
+        self.least = min(self.least, loss if good else math.inf)
+        line = dict(loss=loss, grad_norm=good[-1][1] if good else None, skipped=self.skipped,
+                    loss_by_tau=[s / c if c else None for s, c in zip(sums, counts)],
+                    steps_per_s=len(values) / (time.perf_counter() - self.since))
+        self.clear()
+        return line
+
+
 @contextlib.contextmanager
 def weights(objective: Objective, values: list[Tensor]) -> Iterator[None]:
     """The model of an objective with other weights for a while, in evaluation mode."""
@@ -807,7 +851,20 @@ def held_out_loss(model: nn.Module, loss: Callable, corpus: data.Corpus, rows: i
     return (total(sums) / n).tolist()
 
 
-def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Config, kind: str, sample: Callable) -> None:
+def saved_before(path: Path, corpus: data.Corpus, config: Config) -> dict | None:
+    """What a run has to go on with, None if it was cut off before its first save. Raises UserError if that does not fit."""
+    if not (path.exists() or path.with_suffix(".prev.pt").exists()):
+        return None
+    saved = read_checkpoint(path)
+    if not saved["source"]:
+        raise UserError(f"{path}: was converted, without what its optimizer needs to go on; distil it, or train anew in "
+                        "another --run-dir")
+    if (saved["source"], saved["tokenizer"]) != (corpus.meta["source"], corpus.tokenizer.checksum):
+        raise UserError(f"{path}: --dataset {config.dataset} is not the text that this run was begun with")
+    return saved
+
+
+def train(model: Transformer, loss: Callable, corpus: data.Corpus, config: Config, kind: str, sample: Callable) -> None:
     """The one training loop: fits `loss(model, tokens, rows) -> (loss (B,), tau (B,))` and leaves K.pt, K.prev.pt,
     K.log.jsonl, K.samples.txt and, at the end, K.loss.png in the run folder, K being `kind`. The model is left with its
     average weights. sample(model, n, steps, seed) -> tokens (n, L) shows progress.
@@ -817,14 +874,8 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
     """
     from tqdm import tqdm
 
-    path, device, saved = Path(config.run_dir, f"{kind}.pt"), model.device, None
-    if config.resume and (path.exists() or path.with_suffix(".prev.pt").exists()):  # else it was cut off before a save
-        saved = read_checkpoint(path)
-        if not saved["source"]:
-            raise UserError(f"{path}: was converted, without what its optimizer needs to go on; distil it, or train anew in "
-                            "another --run-dir")
-        if (saved["source"], saved["tokenizer"]) != (corpus.meta["source"], corpus.tokenizer.checksum):
-            raise UserError(f"{path}: --dataset {config.dataset} is not the text that this run was begun with")
+    path, device = Path(config.run_dir, f"{kind}.pt"), model.device
+    saved = saved_before(path, corpus, config) if config.resume else None
     if config.compile and device.type == "cuda":
         if config.shard:  # part by part, as they are gathered
             for part in (*model.blocks, model.norm):
@@ -856,8 +907,8 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
         model.tokenizer.save(path.with_name("tokenizer.json"))
     log = Log(path.parent, kind, first)
     bar = tqdm(total=config.max_steps, initial=first, unit="step", disable=rank() != 0, file=sys.stderr, mininterval=1)
-    history, bins, since = [], torch.zeros(2, 10, device=device), time.perf_counter()
-    least, skipped, kept, stopped = math.inf, 0, f"{path} holds step {first}" if first else "none was saved yet", False
+    meter, stopped = Meter(device, config.skip_bad_steps), False
+    kept = f"{path} holds step {first}" if first else "none was saved yet"
 
     def evaluate(done: int) -> None:
         with weights(objective, ema):
@@ -886,10 +937,9 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
                 (nll.mean() * micro / local).backward()
             nll = nll.detach()
             mean += nll.mean() * micro / local
-            finite = nll.isfinite()
-            bins.index_add_(1, (tau * 10).long().clamp(max=9), torch.stack([nll.where(finite, 0), finite.to(nll)]))
+            meter.rows(nll, tau)
         norm = whole(nn.utils.clip_grad_norm_(params, config.clip or math.inf))  # of the whole batch: backward summed it
-        if config.skip_bad_steps:
+        if config.skip_bad_steps:  # a norm that is no number has made the gradients so: zeros leave the step to momentum
             for p in params:
                 if p.grad is not None:
                     p.grad.copy_(torch.where(norm.isfinite(), p.grad, 0))
@@ -898,32 +948,19 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
                 group["lr"] = learning_rate(step, config)
             optimizer.step()
             optimizer.zero_grad()
+        # the average of the first steps forgets faster, or it would keep the initial weights
         torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - min(config.ema, (1 + step) / (10 + step)))
-        history.append(torch.stack([mean, norm]))
+        meter.step(mean, norm)
         bar.update()
 
         done, stopped = step + 1, stop.asked()
         judged = done % config.eval_every == 0 or done == config.max_steps
         save = judged or stopped or done == last
         if done % config.log_every == 0 or save:  # the only place that waits for the device
-            values = (total(torch.stack(history)) / world()).tolist()
-            good = [pair for pair in values if all(map(math.isfinite, pair))]
-            skipped += len(values) - len(good)
-            if skipped > config.skip_bad_steps:
-                bad = next(i for i, pair in enumerate(values, start=done - len(values)) if pair not in good)
-                raise UserError(f"the loss of step {bad} or its gradient is not a number; {kept}; try a smaller --lr, or "
-                                f"--resume --skip-bad-steps {10 + config.skip_bad_steps}")
-            loss_now = sum(nats for nats, _ in good) / len(good) if good else math.nan
-            if loss_now > 10 * abs(least) + math.log(model.V):
-                raise UserError(f"the loss has exploded, from {least:.3g} to {loss_now:.3g} in the steps before {done}; "
-                                f"{kept}; try a smaller --lr")
-            least = min(least, loss_now)
-            (sums, counts), speed = total(bins).tolist(), len(values) * B * L / (time.perf_counter() - since)
-            log.write(step=done, loss=loss_now if good else None, lr=learning_rate(step, config),
-                      grad_norm=good[-1][1] if good else None, skipped=skipped,
-                      loss_by_tau=[s / c if c else None for s, c in zip(sums, counts)], tokens_per_s=round(speed))
-            bar.set_postfix_str(f"loss {loss_now:.3f}, {speed / 1000:.1f}k tokens/s")
-            history, bins = [], torch.zeros_like(bins)
+            line = meter.read(done, math.log(model.V), kept)
+            speed = line.pop("steps_per_s") * B * L
+            log.write(step=done, lr=learning_rate(step, config), tokens_per_s=round(speed), **line)
+            bar.set_postfix_str(f"loss {line['loss'] or math.nan:.3f}, {speed / 1000:.1f}k tokens/s")
         if save:
             state = to_save(dict(model=model.state_dict(), ema=ema, optimizers=[o.state_dict() for o in optimizers]))
             try:
@@ -941,8 +978,7 @@ def train(model: "Transformer", loss: Callable, corpus: data.Corpus, config: Con
         if judged:
             stop.let()
             evaluate(done)
-        if not history:
-            since = time.perf_counter()
+            meter.clear()  # its clock stands still meanwhile
     bar.close()
     if stopped:
         raise KeyboardInterrupt(f"stopped; {kept}, --resume goes on")

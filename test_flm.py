@@ -151,6 +151,20 @@ def test_a_churned_flow_reaches_the_source_in_the_limit_of_many_steps():
     assert errors[1] < errors[0] / 2 and errors[2] < errors[1] / 2 + 0.001 and errors[2] < 0.006
 
 
+@pytest.mark.parametrize("r", (0.0, 0.3, 0.8, 1.0))
+def test_the_share_of_fresh_noise_is_the_one_asked_for(r):
+    """Where the token is known, every state is t of it and 1 - t of noise, of which sqrt(1 - r^2) is old and r fresh."""
+    clock, token, seen = flm.Clock(5), F.one_hot(torch.zeros(1, 1, dtype=torch.long), 5).float(), []
+    old, fresh = torch.randn(1, 1, 5), torch.randn(8, 1, 1, 5)
+    flm.euler(lambda *_: token, old, clock, 8, share=lambda t, t_next: r, noise=lambda step: fresh[step],
+              see=lambda *what: seen.append(what))
+    for step, (tau, state, _) in enumerate(seen):
+        t = clock.t(tau)
+        if step:
+            old = (1 - r**2) ** 0.5 * old + r * fresh[step - 1]
+        assert torch.allclose(state, t * token + (1 - t) * old, atol=1e-5)
+
+
 def test_the_euler_sampler_is_of_first_order():
     """Truth 3: with N uniform steps in t up to t = .8, doubling N halves the distance to a fine solution (ratio 2 +- .1;
     the fine one's own error, 1/32 of the smallest measured, makes 63/31 = 2.03 of the last)."""
@@ -1350,11 +1364,12 @@ def test_what_a_network_needs_is_what_a_small_one_takes(bf16, width, depth, L):
     assert need["state"] / 4 < sharded < need["state_sharded"]
 
 
-def test_every_command_in_the_readme_parses():
+def test_every_command_in_the_readme_and_the_manual_parses():
     parsers = {"flm.py": flm.command_line, "distill.py": distill.command_line, "baselines.py": baselines.command_line,
                "evaluate.py": evaluate.parse, "bench.py": bench.parse, "convert.py": convert.parse}
-    commands = re.findall(r"^(?:torchrun .*? |python )(\S+\.py)([^\n#]*)", (HERE / "README.md").read_text(), re.M)
-    assert len(commands) >= 8
+    text = "".join((HERE / name).read_text() for name in ("README.md", "MANUAL.md"))
+    commands = re.findall(r"^(?:torchrun .*? |python )(\S+\.py)([^\n#]*)", text, re.M)
+    assert len(commands) >= 30
     for program, line in commands:
         parsers[program](shlex.split(line))
 
