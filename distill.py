@@ -103,7 +103,8 @@ def lagrangian(delta: Delta, denoiser: Callable, model: nn.Module, state: Tensor
     there collapses to one text: use it up to tau_t = .99 only.
     """
     s, t = times(model.clock, tau_s, tau_t)
-    probs, slope = derivative(lambda t: delta(state, tau_s, model.clock.tau(t)), (t[:, 0, 0],), (torch.ones_like(tau_t),))
+    probs, slope = derivative(lambda end: delta(state, tau_s, model.clock.tau(end)), (t[:, 0, 0],),
+                              (torch.ones_like(tau_t),))
     ahead = denoiser(move(model, state, probs, tau_s, tau_t), tau_t)
     return to_simplex(ahead - (1 - t) * (t - s) / (1 - s) * slope)
 
@@ -119,7 +120,7 @@ def eulerian(delta: Delta, denoiser: Callable, model: nn.Module, state: Tensor, 
     s, t = times(model.clock, tau_s, tau_t)
     now = denoiser(state, tau_s)
     velocity = (model.clean(now) - state) / (1 - s)
-    _, slope = derivative(lambda s, x: delta(x, model.clock.tau(s), tau_t), (s[:, 0, 0], state),
+    _, slope = derivative(lambda begin, x: delta(x, model.clock.tau(begin), tau_t), (s[:, 0, 0], state),
                           (torch.ones_like(tau_s), velocity))
     return to_simplex(now + (t - s) * (1 - s) / (1 - t) * slope)
 
@@ -147,9 +148,9 @@ WHOLE = 1 / 32  # share of the journeys that go from noise to data; more teach a
 def journeys(model: nn.Module, tokens: Tensor, rows: Rows, last: float = 1.0, stand: slice = slice(0)) -> tuple[Tensor, ...]:
     """A journey for each row of tokens (B, L): the state at its start, tau_s, tau_t (B,), and the draw tau (B,).
 
-    tau, stratified or rows.tau, is the time of the rows in `stand`, which go nowhere, and the duration of the others, but
-    for the share WHOLE. The start is even over what the duration leaves, by multiples of the golden section, which fill it
-    as evenly as strata do. `last` scales start and end.
+    Rows in `stand` go nowhere: tau, stratified or rows.tau, is where they are. For the others it is the duration, the last
+    WHOLE of its range being stretched to 1, so that this share goes from noise to data; their start is even over what the
+    duration leaves, by multiples of the golden section, which fill it as evenly as strata do. `last` scales start and end.
     """
     tau, white = rows.draw(tokens.shape[1], model.noise_dims, tokens.device)
     duration = (tau / (1 - WHOLE)).clamp(max=1) if rows.tau is None else tau
@@ -165,8 +166,8 @@ def map_loss(objective: str, teacher: Callable | None) -> Callable:
     """The loss of --objective: even rows of the batch stand at one time, odd ones travel.
 
     Where t = s, delta_{t,t} is held to the teacher's D_t or, without a teacher, to the tokens; elsewhere to the target of
-    the objective. Cross-entropy less the target's entropy: nats a position from the target, 0 for the true map (but for
-    tokens, which keep theirs) and for what a row is told. lagrangian and eulerian journeys end by tau = .99; a sample asks
+    the objective. Cross-entropy less the target's entropy: nats a position from the target, 0 for the true map if it has
+    a teacher, and for what a row is told. lagrangian and eulerian journeys end by tau = .99; a sample asks
     for 1, just beyond.
     """
     def loss(model: nn.Module, tokens: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:

@@ -141,11 +141,11 @@ class Rows:
         place = torch.arange(L, device=tokens.device)
         length = L if end is None else ((tokens == end).cumsum(1) == 0).sum(1, keepdim=True) + 1  # with the end token
         first, last = (torch.minimum(a, b) * length).floor(), (torch.maximum(a, b) * length).floor()  # of the span
+        prefix = place < a * (length - 1)  # shorter than the text
         behind = place <= last + c * (L - last) if end is None else True  # packed text may go on, unknown
-        prefix = place < a * (length - 1)
         outside = (place < first) | (place > last) & behind
-        each = torch.where(place < length, u[:, 5:], -1.0)  # so padding is below every bound, and
-        scattered = each < torch.minimum(a, each.amax(1, keepdim=True))  # the largest above: it stays unknown
+        each = torch.where(place < length, u[:, 5:], -1.0)  # with chance a each, padding always, but
+        scattered = each < torch.minimum(a, each.amax(1, keepdim=True))  # never all: the largest stays unknown
         chosen = torch.where(kind < 1 / 3, prefix, torch.where(kind < 2 / 3, outside, scattered))
         return torch.where(chosen & (whether < prob), tokens, -1)
 
