@@ -842,12 +842,11 @@ def held_out_loss(model: nn.Module, loss: Callable, corpus: data.Corpus, rows: i
     n, batch = min(rows, corpus.blocks("heldout")), rows_at_once(model)
     sums = torch.zeros(10, device=model.device)
     for k in range(10):
-        for start in range(0, n, world() * batch):
-            start += rank() * batch
-            index = range(start, min(start + batch, n)) or range(1)  # a process without rows keeps step with the others
+        for i in range(rank() * batch, n + rank() * batch, world() * batch):
+            index = range(i, min(i + batch, n)) or range(1)  # a process without rows keeps step with the others
             tokens = corpus.batch("heldout", 0, index).to(model.device)
             nll = loss(model, tokens, Rows(seed, -2 - k, index, n, tau=(k + 0.5) / 10))[0].sum()
-            sums[k] += nll * (start < n)
+            sums[k] += nll * (i < n)
     return (total(sums) / n).tolist()
 
 
@@ -929,10 +928,10 @@ def train(model: Transformer, loss: Callable, corpus: data.Corpus, config: Confi
     for step in stop.hold(range(first, last)):
         torch.manual_seed(mix(config.seed, 2, step, rank()))  # dropout
         mean = torch.zeros((), device=device)
-        for start in range(rank() * local, (rank() + 1) * local, micro):
-            rows = Rows(config.seed, step, range(start, start + micro), B)
+        for i in range(rank() * local, (rank() + 1) * local, micro):
+            rows = Rows(config.seed, step, range(i, i + micro), B)
             tokens = send(corpus.batch("train", step, rows.index), device)
-            with gradients(distributed, more=start + micro < (rank() + 1) * local):
+            with gradients(distributed, more=i + micro < (rank() + 1) * local):
                 nll, tau = distributed(tokens, rows)
                 (nll.mean() * micro / local).backward()
             nll = nll.detach()
