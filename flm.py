@@ -174,7 +174,7 @@ def mix(*numbers: int) -> int:
 
 
 def flow_loss(model: nn.Module, tokens: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-    """[FLM] The whole training objective: cross-entropy of the denoiser against the clean token, at a random time.
+    """[FLM] The loss, all of it: cross-entropy of the denoiser against the clean token, at a random time.
 
     tokens (B, L) -> loss (B,) in nats a position, tau (B,). What a row is told of its tokens counts 0.
     """
@@ -189,7 +189,7 @@ def euler(denoiser: Callable[[Tensor, Tensor, Tensor], Tensor], state: Tensor, c
           clean: Callable[[Tensor], Tensor] = lambda probs: probs, share: Callable[[Tensor, Tensor], Tensor] | None = None,
           noise: Callable[[int], Tensor] | None = None, see: Callable[[Tensor, Tensor, Tensor], None] | None = None
           ) -> Tensor:
-    """[FLM] Goes from noise, t = 0, to data, t = 1, in Euler steps that are uniform in tau.
+    """[FLM] The sampler: from noise, t = 0, to data, t = 1, in Euler steps that are uniform in tau.
 
     denoiser(state, tau_s (B,), tau_t (B,)) -> probs (B, L, V): for a flow D_s, the expectation of the clean one-hots,
     whatever tau_t is; for a flow map delta_{s,t}, whose steps are exact. `clean` maps probs to the space of the state.
@@ -219,8 +219,10 @@ def euler(denoiser: Callable[[Tensor, Tensor, Tensor], Tensor], state: Tensor, c
 
 def sample(model: nn.Module, n: int, steps: int, seed: int, churn: float = 0.0, guidance: float = 0.0,
            known: Tensor | None = None, see: Callable | None = None) -> Tensor:
-    """[FLM] Writes n texts in `steps` network evaluations: tokens (n, L). Text i is a pure function of the settings, the
-    seed, i and what is `known` of it: tokens (L,) or (n, L), -1 where there is none.
+    """[FLM] Writes n texts, all positions at once, in `steps` network evaluations: tokens (n, L).
+
+    Text i is a pure function of the settings, the seed, i and what is `known` of it: tokens (L,) or (n, L), -1 where there
+    is none.
 
     With churn > 0 steps take fresh noise and forget errors of earlier ones. For guidance see guided; `see` is euler's.
     """
