@@ -57,7 +57,7 @@ def attempt(program: str, line: str | list[str]) -> tuple[int, str]:
 
 
 @contextlib.contextmanager
-def workplace(base: Path):
+def playground(base: Path):
     """A folder with a flow and a map of it, and their token files, to work in, and a copy of them to restore."""
     work, good = base / "work", base / "good"
     work.mkdir()
@@ -73,7 +73,7 @@ def workplace(base: Path):
 
 @pytest.fixture(scope="module", autouse=True)
 def place(tmp_path_factory):
-    with workplace(tmp_path_factory.mktemp("inputs")):
+    with playground(tmp_path_factory.mktemp("inputs")):
         yield
 
 
