@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sources import UserError
 
-PAGE = Path(__file__).with_name("page.html")
+PAGE = Path(__file__).parent / "pictures" / "page.html"
 FRAMES, TOP = 32, 3  # evaluations that a page shows, at most, and tokens of each place in them
 
 
