@@ -68,7 +68,9 @@ def validate(settings: dict, Config: type) -> None:
     """Raises UserError for a setting of the wrong type or out of its bounds."""
     for f in fields(Config):
         value, least, most, choices = settings[f.name], f.metadata["least"], f.metadata["most"], f.metadata["choices"]
-        if not isinstance(value, f.type | int if f.type is float else f.type) or choices and value not in choices:
+        fits = isinstance(value, f.type | int if f.type is float else f.type)
+        fits = fits and (not isinstance(value, bool) or f.type in (bool, bool | None))  # to Python True is a number
+        if not fits or choices and value not in choices:
             must = " or ".join(choices) if choices else getattr(f.type, "__name__", "true or false")
             raise UserError(f"{flag(f.name)} {str(value)[:40]}: must be {must}")
         if f.name in ("prompt", "infill", "html") and value and not settings["sample"]:

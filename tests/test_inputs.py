@@ -225,6 +225,14 @@ def test_settings(name, change):
     attempt("distill.py", "--run-dir r --overwrite --max-steps 2 --stop-after 1")
 
 
+@pytest.mark.parametrize("name", ("cond_width", "lr", "seed"))
+def test_true_is_no_number(name):
+    path = Path("r/config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: True}))
+    status, line = attempt("flm.py", "--run-dir r --resume")
+    assert status == 2 and "config.json" in line and f"--{name.replace('_', '-')} True" in line
+
+
 names = st.sampled_from(("meta.json", "tokenizer.json", "counts.npz", "train.bin", "heldout.bin"))
 
 
