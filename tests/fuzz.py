@@ -15,5 +15,5 @@ with atheris.instrument_imports(include=["data", "distill", "flm", "join", "para
 name, seconds = sys.argv[1:] or ("checkpoints", "60")
 target = getattr(test_inputs, f"test_{name}").hypothesis.fuzz_one_input
 with tempfile.TemporaryDirectory() as folder, test_inputs.playground(Path(folder)):
-    atheris.Setup([sys.argv[0], f"-max_total_time={seconds}", "-max_len=4096"], target)
+    atheris.Setup([sys.argv[0], f"-max_total_time={seconds}", "-max_len=4096", "-rss_limit_mb=16384"], target)
     atheris.Fuzz()
