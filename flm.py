@@ -916,8 +916,8 @@ def train(model: Transformer, loss: Callable, corpus: data.Corpus, config: Confi
             by_tau = held_out_loss(model, loss, corpus, config.eval_rows if done < config.max_steps else sys.maxsize)
             texts = to_lines(model, sample(model, 4, 16, config.seed))
         if not all(map(math.isfinite, by_tau)):
-            raise UserError(f"the held-out loss of step {done} is not a number; go back to {path.stem}.prev.pt, the save "
-                            "before, if there is one, and try a smaller --lr")
+            raise UserError(f"the held-out loss of step {done} is not a number; {path.with_suffix('.prev.pt')} is the "
+                            "save before, if there is one: rename that, and try a smaller --lr")
         log.write(step=done, heldout=sum(by_tau) / 10, heldout_by_tau=by_tau, samples=texts)
         say(f"step {done}: held-out loss {sum(by_tau) / 10:.4f} a position, by tenth of tau "
             + " ".join(f"{x:.3f}" for x in by_tau) + "".join(f"\n    {text}" for text in texts))

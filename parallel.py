@@ -83,7 +83,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     if saved["state"].keys() != set(range(len(params))):
         raise ValueError("its optimizer has other parameters")
     state = {}
-    for i, (p, values) in enumerate(zip(params, (saved["state"][i] for i in range(len(params))))):
+    for i, p in enumerate(params):
+        values = saved["state"][i]
         if any(value.shape not in (p.shape, torch.Size()) for value in values.values()):
             raise ValueError("its optimizer has other parameters")
         state[i] = {name: like(value, p) if value.shape == p.shape else value for name, value in values.items()}

@@ -114,7 +114,7 @@ processes: list[list[int]] = []  # of each rank, its machine and the number of i
 def setup(kind: str, threads: int) -> torch.device:
     """Sets the number of threads, chooses the device and, under torchrun, joins the process group."""
     keep_memory()
-    torch.set_flush_denormal(True)  # a sure network's gradients fall below float32's range, where a CPU is 100 times slower
+    torch.set_flush_denormal(True)  # a sure network's gradients leave float32's normal range, where a CPU is far slower
     if threads:
         torch.set_num_threads(threads)
     if kind == "auto":
