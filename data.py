@@ -1,510 +1,525 @@
-"""Text in, token files out: corpora, tokenizers, memory-mapped tokens, batches.
+"""Text to batches of token ids: corpora, tokenizers and memory-mapped token files.
 
-    corpus = data.prepare("words", tokenizer="chars", seq_len=16, packing=False, seed=0, batch_size=256)
-    corpus.batch("train", step=0, rows=range(0, 256))        # (256, 16) token ids
+    corpus = prepare("sentences", tokenizer="bpe", vocab_size=2048, seq_len=20, packing=False)
+    corpus.batch("train", rows=range(64))      # (64, 20) token ids, a pure function of the rows
 
-A corpus is a UTF-8 text with one document a line (.txt, .txt.gz, .txt.xz), lm1b or owt (sources.py). Of a text one line in
-twenty is held out, chosen by a hash of the line, so that it stays held out whatever else changes. Tokens are written once to
-data/NAME-HASH/ and mapped from there; the hash covers the source's checksum and every setting, so a change of either makes
-new files. A script of your own that prepares a large corpus does so under `if __name__ == "__main__":`.
+A corpus is an embedded text, a UTF-8 text file with one document per line (.txt, .gz, .xz), lm1b
+or owt. It is tokenised once into data/NAME-KEY/. KEY is a hash of the text and of all settings.
 """
 
+import contextlib
 import functools
+import gzip
 import hashlib
 import json
-import multiprocessing
+import lzma
 import os
+import re
 import shutil
-import signal
+import socket
 import sys
-import threading
+import tarfile
+import urllib.request
 import zlib
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, islice
+from io import TextIOWrapper
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-import sources
-from sources import Batch, Source, UserError
-
-FRAMED = ("gpt2", "bert-base-uncased")  # the paper's: packed rows begin and end with a token of their own
+CORPORA = Path(__file__).parent / "corpora"
+EMBEDDED = ("sentences", "words", "sotu")
+DATASETS = (*EMBEDDED, "lm1b", "owt")
+FRAMED = ("gpt2", "bert-base-uncased")  # their packed rows are [begin] + L-2 tokens + [end]
 TOKENIZERS = ("chars", "bpe", *FRAMED)
-HELD_OUT = 20  # one line in this many, where a source has no split of its own
-SAVE_EVERY = 64  # batches, of a MiB or so, that an interruption costs at most
-LARGE = 2**24  # bytes of text from which on it is tokenised by one process a core
-MOST_WORKERS = 8  # processes, of some 200 MiB each
-VOCABULARY = 2**23  # characters of training text that a bpe vocabulary is made from, at most: they may need 2 GB
-FORMAT = 4  # of the token files; part of their hash
+HELD_OUT = 20  # one line in 20 is held out if a corpus has no split of its own
+BPE_CHARACTERS = 2**23  # a bpe vocabulary is trained on at most this much text
+LM1B_URL = ("http://www.statmt.org/lm-benchmark/"
+            "1-billion-word-language-modeling-benchmark-r13output.tar.gz")
+LM1B_SIZE = 1_792_209_805
+LM1B_SHA256 = "01ba60381110baf7f189dfd2b8374de371e8c9a340835793f190bdae9e90a34e"
+BERT_URL = "https://huggingface.co/bert-base-uncased/resolve/main/tokenizer.json"
+OWT_REPOSITORY = "Skylion007/openwebtext"
 
+class UserError(Exception):
+    """A mistake that the user can fix. The message is one line: what is wrong, where, and a fix."""
 
-def documents(source: Source) -> Iterator[Batch]:
-    """The batches of a source as they are tokenised: detokenised, each with a split."""
-    for batch in source.batches():
-        yield from by_split(batch, source.detokenise)
+# ------------------------------------------------------------------------------------- corpora
 
+class Documents(NamedTuple):
+    """About 1 MiB of consecutive documents."""
 
-def by_split(batch: Batch, detokenise: bool) -> list[Batch]:
-    """A batch as one of its split, or as two: its training documents and those held out by their hash."""
-    texts = batch.texts
-    if detokenise and texts:
-        texts = sources.detokenise("\n".join(texts)).split("\n")
-    if batch.split:
-        return [batch._replace(texts=texts)]
-    out = [held_out(text) for text in texts]
-    return [batch._replace(split=name, texts=[text for text, o in zip(texts, out) if o == is_out],
-                           numbers=[i for i, o in zip(batch.numbers, out) if o == is_out])
-            for name, is_out in (("train", False), ("heldout", True))]
+    split: str | None  # "train" or "heldout"; None if the corpus has no split of its own
+    texts: list[str]
+    position: int  # bytes of the source read so far
 
+@dataclass
+class Source:
+    """A corpus before tokenisation. read() yields Documents, the same ones at each call."""
 
-def held_out(text: str) -> bool:
-    return zlib.crc32(text.encode()) % HELD_OUT == 0
+    name: str
+    checksum: str  # identifies the text
+    size: int  # bytes, for the progress bar; 0 if unknown
+    read: Callable
 
+def find_source(dataset, data_dir=""):
+    """The source of `dataset`. Downloads nothing before it is read. Raises UserError."""
+    if data_dir and dataset not in ("lm1b", "owt"):
+        raise UserError(f"--data-dir {data_dir}: only for lm1b and owt; pass a file as --dataset")
+    if data_dir and not os.path.exists(data_dir):
+        raise UserError(f"--data-dir {data_dir}: no such file or folder")
+    if dataset in ("lm1b", "owt"):
+        return {"lm1b": lm1b, "owt": owt}[dataset](Path(data_dir) if data_dir else None)
+    path = CORPORA / f"{dataset}.txt.xz" if dataset in EMBEDDED else Path(dataset)
+    if not os.path.isfile(path):
+        raise UserError(f"--dataset {dataset}: no such file; use one of {', '.join(DATASETS)} "
+                        "or a text file")
+    with readable(path), open(path, "rb") as file:
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
+    name = path.name.split(".")[0][:64] or "text"
+    return Source(name, checksum, path.stat().st_size, functools.partial(read_text, path))
 
-# --------------------------------------------------------------------------------------------------------- tokenizers
+@contextlib.contextmanager
+def readable(path, fix="replace the file"):
+    """Turns any error with the content of a file into a UserError that names the file."""
+    try:
+        yield
+    except Exception as error:  # each format raises its own kinds
+        if isinstance(error, UnicodeError):
+            fix = "convert it to UTF-8"
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); {fix}") from None
 
+@contextlib.contextmanager
+def downloading(flag, fix):
+    """Turns the errors of a download into a UserError. A silent server is an error after 20 s."""
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)
+    try:
+        yield
+    except Exception as error:  # HTTP clients raise many kinds
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{flag}: the download failed ({reason}); {fix}") from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+def read_lines(file):
+    """The lines of a UTF-8 file that are not blank, in lists of about 1 MiB."""
+    text = TextIOWrapper(file, encoding="utf-8-sig", newline="\n")
+    while lines := text.readlines(2**20):
+        yield [line.rstrip("\r\n") for line in lines if not line.isspace()]
+
+def read_text(path, split=None):
+    """The Documents of a .txt, .gz or .xz file."""
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, contextlib.nullcontext)
+    with readable(path), open(path, "rb") as raw, opener(raw) as file:
+        for lines in read_lines(file):
+            yield Documents(split, lines, raw.tell())
+
+def several_files(name, files, read):
+    """A Source of many files, which are identified by name and size. read(path) -> Documents."""
+    sizes = [path.stat().st_size for path in files]
+    listing = [f"{path.name} {size}" for path, size in zip(files, sizes)]
+
+    def read_all():
+        before = 0
+        for path, size in zip(files, sizes):
+            for part in read(path):
+                yield part._replace(position=before + part.position)
+            before += size
+    checksum = hashlib.sha256("\n".join(listing).encode()).hexdigest()
+    return Source(name, checksum, sum(sizes), read_all)
+
+# The One Billion Word benchmark (Chelba et al. 2014): one tokenised news sentence per line.
+
+LM1B_SPLITS = {"train": re.compile(r"training-monolingual.*/news\.en-\d{5}-of-00100$"),
+               "heldout": re.compile(r"heldout-monolingual.*/news\.en\.heldout-\d{5}-of-00050$")}
+DETOKENISE = [(re.compile(pattern), replacement) for pattern, replacement in (
+    (r"http(s?) : / / ?", r"http\1://"),
+    (r" '(s|t|m|d|re|ve|ll|S|T|M|D|RE|VE|LL)\b", r"'\1"),  # it 's, isn 't
+    (r" ([.?!,:;])(?!\S)", r"\1"),
+    (r"\$ (?=\d)", "$"),
+    (r"£ (?=\d)", "£"),
+    (r'"(?<!\S") ([^"\n]*?) "(?=[\s.?!,:;)\]]|$)', r'"\1"'),
+    (r"'(?<!\S') ([^'\n]*?) '(?=[\s.?!,:;)\]]|$)", r"'\1'"),
+    (r"\( ([^()\n]*?) \)", r"(\1)"),
+    (r"\[ ([^\[\]\n]*?) \]", r"[\1]"),
+    (r" / (?<=\w / )(?=\w)", "/"),
+)]
+
+def detokenise(texts):
+    """Undoes the tokenisation of punctuation in lm1b."""
+    text = "\n".join(texts)
+    for pattern, replacement in DETOKENISE:
+        text = pattern.sub(replacement, text)
+    return text.split("\n") if texts else []
+
+def lm1b_split(name):
+    return next((split for split, regex in LM1B_SPLITS.items() if regex.search(name)), None)
+
+def lm1b(data_dir):
+    """The published tarball, downloaded on first use, or a local tarball or unpacked folder."""
+    tarball = Path("data", "lm1b", LM1B_URL.split("/")[-1])
+    if data_dir is None:
+        return Source("lm1b", LM1B_SHA256, LM1B_SIZE, lambda: read_lm1b(download(tarball)))
+    if (data_dir / tarball.name).is_file():
+        data_dir = data_dir / tarball.name
+    if data_dir.is_file():
+        return several_files("lm1b", [data_dir], read_lm1b)
+    files = sorted(path for path in data_dir.rglob("news.en*") if lm1b_split(path.as_posix()))
+    if {lm1b_split(path.as_posix()) for path in files} != LM1B_SPLITS.keys():
+        raise UserError(f"--data-dir {data_dir}: needs {tarball.name} or the unpacked folders "
+                        "training-monolingual* and heldout-monolingual*")
+
+    def read(path):
+        for part in read_text(path, lm1b_split(path.as_posix())):
+            yield part._replace(texts=detokenise(part.texts))
+    return several_files("lm1b", files, read)
+
+def read_lm1b(path):
+    """Reads the tarball as a stream, without unpacking it to disk."""
+    found = set()
+    with (readable(path), open(path, "rb") as raw, gzip.open(raw) as unpacked,
+          tarfile.open(fileobj=unpacked) as tar):
+        for member in tar:
+            if split := lm1b_split(member.name):
+                found.add(split)
+                for lines in read_lines(tar.extractfile(member)):
+                    yield Documents(split, detokenise(lines), raw.tell())
+        unpacked.read()  # to the end, where the checksum is
+    if found != LM1B_SPLITS.keys():
+        raise UserError(f"{path}: not the lm1b tarball; delete it, or pass another --data-dir")
+
+def download(path):
+    """Downloads lm1b to `path` if it is not there."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        print("downloading lm1b (1.8 GB); tokenising it takes about 20 minutes", file=sys.stderr)
+        with downloading("--dataset lm1b", "check the network, or pass a copy as --data-dir"):
+            torch.hub.download_url_to_file(LM1B_URL, path, hash_prefix=LM1B_SHA256)
+    return path
+
+# OpenWebText (Gokaslan and Cohen 2019): 8 million web pages as parquet files.
+
+def owt(data_dir):
+    """OpenWebText from the Hugging Face hub, or local parquet or text files."""
+    if data_dir is None:
+        return Source("owt", OWT_REPOSITORY, 0, lambda: hold_out_last(download_owt().read))
+    files = [data_dir] if data_dir.is_file() else sorted(data_dir.rglob("*"))
+    parquet = [path for path in files if path.suffix == ".parquet"]
+    files = parquet or [path for path in files if path.name.endswith((".txt", ".gz", ".xz"))]
+    if not files:
+        raise UserError(f"--data-dir {data_dir}: contains no .parquet, .txt, .gz or .xz file")
+    source = several_files("owt", files, read_parquet if parquet else read_text)
+    return Source("owt", source.checksum, source.size, lambda: hold_out_last(source.read))
+
+def download_owt():
+    import huggingface_hub
+
+    print("downloading owt (24 GB); tokenising it takes about 3 hours", file=sys.stderr)
+    with downloading("--dataset owt", "check the network, or pass a copy as --data-dir"):
+        folder = huggingface_hub.snapshot_download(
+            OWT_REPOSITORY, repo_type="dataset", allow_patterns="*.parquet")
+    return several_files("owt", sorted(Path(folder).rglob("*.parquet")), read_parquet)
+
+def read_parquet(path):
+    """The Documents in the column `text`."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError("--dataset owt: parquet files need pyarrow; pip install pyarrow") from None
+    row, size = 0, path.stat().st_size
+    with readable(path), pyarrow.parquet.ParquetFile(path) as file:
+        if "text" not in file.schema_arrow.names:
+            raise UserError(f"{path}: has no column named text; rename its column")
+        for batch in file.iter_batches(256, columns=["text"]):
+            row += len(batch)
+            texts = [text for text in batch.column(0).to_pylist() if text and not text.isspace()]
+            yield Documents(None, texts, row * size // file.metadata.num_rows)
+
+def hold_out_last(read):
+    """The last 100,000 documents are held out, as in the paper, but at most one in 20."""
+    total = sum(len(part.texts) for part in read())
+    left = total - min(100_000, total // HELD_OUT)
+    for part in read():
+        yield part._replace(split="train", texts=part.texts[:left])
+        yield part._replace(split="heldout", texts=part.texts[left:])
+        left = max(0, left - len(part.texts))
+
+def read_split(source):
+    """The Documents of a source, each with a split: its own, or chosen by a hash of the line."""
+    for part in source.read():
+        if part.split:
+            yield part
+            continue
+        texts = dict(train=[], heldout=[])
+        for text in part.texts:
+            held_out = zlib.crc32(text.encode()) % HELD_OUT == 0
+            texts["heldout" if held_out else "train"].append(text)
+        for split in texts:
+            yield part._replace(split=split, texts=texts[split])
+
+# ---------------------------------------------------------------------------------- tokenizers
 
 class Tokenizer:
-    """Text <-> token ids, the id of the end token and, for the paper's two vocabularies, of the one that begins a row.
+    """Text <-> token ids. `end` ends a document; `begin` starts a packed row, or is None.
 
-    `content` is what tokenizer.json holds, enough to rebuild it anywhere: {"kind": "chars", "chars": ...},
-    {"kind": "bpe" | "bert-base-uncased", "model": ...} (a `tokenizers` model), {"kind": "gpt2"} (tiktoken's) or, where only
-    their number is known, {"kind": "ids", "vocab_size": ...}.
+    content: what tokenizer.json contains, enough to rebuild the tokenizer.
+        {"kind": "chars", "chars": str}, {"kind": "bpe" or "bert-base-uncased", "model": str},
+        {"kind": "gpt2"}, or {"kind": "ids", "vocab_size": int} if only the number is known.
     """
 
-    def __init__(self, content: dict):
+    def __init__(self, content):
         self.content, self.kind, self.begin = content, content["kind"], None
         if self.kind == "ids":
             self.end, self.vocab_size = -1, int(content["vocab_size"])
-        elif self.kind == "chars":  # ids 1.. in the order of `chars`; 0 ends a document
-            if not isinstance(content["chars"], str):
-                raise ValueError("its characters are no text")
+        elif self.kind == "chars":
             self.ids = {char: i for i, char in enumerate(content["chars"], start=1)}
             self.end, self.vocab_size = 0, len(self.ids) + 1
         elif self.kind == "gpt2":
             import tiktoken
 
-            try:
+            with downloading("--tokenizer gpt2", "connect once, or set TIKTOKEN_CACHE_DIR"):
                 self.codec = tiktoken.get_encoding("gpt2")
-            except Exception as error:  # whatever its HTTP client raises
-                raise UserError(f"--tokenizer gpt2: tiktoken could not download it ({type(error).__name__}); connect "
-                                "once, or point TIKTOKEN_CACHE_DIR to a copy") from None
             self.begin = self.end = self.codec.eot_token
-            self.vocab_size = self.codec.n_vocab + 1  # and the paper's token for padding, which no text has
+            self.vocab_size = self.codec.n_vocab + 1  # the paper adds a padding token
         else:
             from tokenizers import Tokenizer as Codec
 
             self.codec = Codec.from_str(content["model"])
-            self.codec.encode_special_tokens = True  # "[SEP]" in a text is five characters, not the end token
-            size = self.codec.get_vocab_size()
+            self.codec.encode_special_tokens = True  # "[SEP]" in a text is not an end token
+            self.end = self.vocab_size = self.codec.get_vocab_size()
             if self.kind == "bpe":
-                self.end, self.vocab_size = size, size + 1
+                self.vocab_size += 1
             else:
-                self.begin, self.end = self.codec.token_to_id("[CLS]"), self.codec.token_to_id("[SEP]")
-                self.vocab_size = size
+                self.begin, self.end = map(self.codec.token_to_id, ("[CLS]", "[SEP]"))
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, without an end token. Raises UserError for a character that `chars` does not have."""
+    def encode(self, texts):
+        """A list of token ids for each text, without an end token. Raises UserError."""
+        if self.kind == "ids":
+            raise UserError("this model's tokenizer is unknown; convert it with --dataset")
         if self.kind == "chars":
             try:
                 return [[self.ids[char] for char in text] for text in texts]
             except KeyError as error:
-                raise UserError(f"the character {error} is not in the vocabulary of {len(self.ids)} characters") from None
-        if self.kind == "gpt2":
-            return [self.codec.encode_ordinary(text) for text in texts]  # its own batches are slower on short texts
-        if self.kind == "ids":
-            raise UserError("the vocabulary of this model is not known; convert it again with --dataset lm1b or owt")
-        return [encoding.ids for encoding in self.codec.encode_batch_fast(texts, add_special_tokens=False)]
+                raise UserError(f"the character {error} is not in the vocabulary") from None
+        if self.kind != "gpt2":
+            return [e.ids for e in self.codec.encode_batch_fast(texts, add_special_tokens=False)]
+        # tiktoken's own batch call starts one task per text, which is slower on short texts
+        size = max(1, -(-len(texts) // os.cpu_count()))
+        parts = [texts[i : i + size] for i in range(0, len(texts), size)]
+        with ThreadPoolExecutor() as pool:
+            encoded = pool.map(lambda part: list(map(self.codec.encode_ordinary, part)), parts)
+            return list(chain.from_iterable(encoded))
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of one row of ids; an end token is a line break, those at its ends are dropped."""
-        if self.kind == "ids":
-            return " ".join(map(str, map(int, ids)))
-        pieces, piece = [], []
-        for i in [*map(int, ids), self.end]:
-            if i != self.end:
-                piece.append(i)
+    def decode(self, ids):
+        """The text of a row of ids. An end token inside it becomes a line break."""
+        pieces = [[]]
+        for i in map(int, ids):
+            if i in (self.begin, self.end):
+                pieces.append([])
             else:
-                pieces.append(self._decode(piece))
-                piece = []
-        return "\n".join(pieces).strip("\n")
+                pieces[-1].append(i)
+        return "\n".join(map(self.decode_piece, pieces)).strip("\n")
 
-    def _decode(self, ids: list[int]) -> str:
+    def decode_piece(self, ids):
+        if self.kind == "ids":
+            return " ".join(map(str, ids))
         if self.kind == "chars":
             return "".join(self.content["chars"][i - 1] for i in ids)
         if self.kind == "gpt2":
-            ids = [i for i in ids if i < self.end]
+            ids = [i for i in ids if i < self.codec.n_vocab]
         return self.codec.decode(ids)
 
     @property
-    def checksum(self) -> str:
+    def checksum(self):
         return hashlib.sha256(json.dumps(self.content, sort_keys=True).encode()).hexdigest()[:16]
 
-    def save(self, path: Path) -> None:
-        sources.replace_file(path, json.dumps(self.content))
+    def save(self, path):
+        path.write_text(json.dumps(self.content), encoding="utf-8")
 
     @classmethod
-    def load(cls, path: Path) -> "Tokenizer":
-        try:
+    def load(cls, path):
+        with readable(path, "train again with --overwrite"):
             return cls(json.loads(path.read_text(encoding="utf-8")))
-        except UserError:
-            raise
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file, and the run needs it; put it back, or train anew: python flm.py "
-                            f"--run-dir {path.parent} --overwrite") from None
-        except Exception as error:  # `tokenizers` raises bare Exception for a bad model
-            raise UserError(f"{path}: not a tokenizer of this program ({type(error).__name__})") from None
 
-
-def make_tokenizer(kind: str, source: Source, vocab_size: int) -> Tokenizer:
-    """Builds the tokenizer `kind` for a corpus: `chars` from all its text, `bpe` from its training text, of which the first
-    8 million characters are read.
-
-    vocab_size counts the end token and is used by `bpe` alone. Raises UserError where the text cannot fill it.
-    """
+def make_tokenizer(kind, source, vocab_size):
+    """A tokenizer for a corpus; bpe has at most `vocab_size` tokens, end token included."""
     if kind == "chars":
-        chars = set()
-        for batch in documents(source):
-            chars.update(*batch.texts)
-        return Tokenizer({"kind": kind, "chars": "".join(sorted(chars))})
+        characters = set(chain.from_iterable("".join(part.texts) for part in source.read()))
+        return Tokenizer({"kind": kind, "chars": "".join(sorted(characters))})
     if kind == "gpt2":
         return Tokenizer({"kind": kind})
     from tokenizers import Tokenizer as Codec
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    if kind == "bpe":
-        codec = Codec(models.BPE())
-        codec.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        codec.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, show_progress=False,
-                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-        codec.train_from_iterator(first_characters(source, VOCABULARY), trainer)
-        if codec.get_vocab_size() + 1 != vocab_size:
-            raise UserError(f"--vocab-size {vocab_size}: this text gives {codec.get_vocab_size() + 1} tokens; give that "
-                            "number, or use --tokenizer chars")
-    else:
-        try:
-            codec = Codec.from_pretrained(kind)
-        except Exception as error:  # whatever the hub's client raises
-            raise UserError(f"--tokenizer {kind}: could not be downloaded ({type(error).__name__}); connect once") from None
+    if kind == "bert-base-uncased":
+        with downloading(f"--tokenizer {kind}", "connect once"):
+            model = urllib.request.urlopen(BERT_URL).read().decode()
+            return Tokenizer({"kind": kind, "model": model})
+    codec = Codec(models.BPE())
+    codec.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    codec.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    codec.train_from_iterator(first_characters(source, BPE_CHARACTERS), trainer)
+    if codec.get_vocab_size() + 1 < vocab_size:
+        print(f"{source.name}: this text fills only {codec.get_vocab_size() + 1} of --vocab-size "
+              f"{vocab_size} tokens", file=sys.stderr)
     return Tokenizer({"kind": kind, "model": codec.to_str()})
 
+def first_characters(source, limit):
+    """Training documents of `limit` characters in total, or all documents of a tiny corpus."""
+    count = 0
+    for part in read_split(source):
+        if part.split == "train" and count < limit:
+            count += sum(map(len, part.texts))
+            yield from part.texts
+    if not count:
+        yield from chain.from_iterable(part.texts for part in source.read())
 
-def first_characters(source: Source, most: int) -> Iterator[str]:
-    """The training documents of a source, until they have `most` characters."""
-    for batch in documents(source):
-        if batch.split == "train":
-            yield from batch.texts
-            if (most := most - sum(map(len, batch.texts))) <= 0:
-                return
-
-
-# ------------------------------------------------------------------------------------------------------------- corpus
-
+# --------------------------------------------------------------------------------- token files
 
 @dataclass
 class Corpus:
-    """Tokenised text, mapped from disk: `splits` holds one flat array of ids for "train" and one for "heldout"."""
+    """Tokenised text, memory-mapped: `splits` maps "train" and "heldout" to flat arrays of ids."""
 
     tokenizer: Tokenizer
     splits: dict[str, np.ndarray]
-    meta: dict  # vocabulary, counts, source checksum, split rule
-    log_p: torch.Tensor  # (V,) log-frequencies of the training tokens, one added to each count
+    meta: dict  # the content of meta.json
     seq_len: int
     packing: bool
-    seed: int
-    batch_size: int
-    borrowed: bool  # whether one split was too short for a row, so that both are the other
 
     @property
-    def frame(self) -> int:
-        """1 where a row begins and ends with tokens of its own, as the paper's packed rows do, else 0."""
+    def frame(self):
+        """1 if packed rows have a begin and an end token of their own, else 0."""
         return int(self.packing and self.tokenizer.begin is not None)
 
-    def blocks(self, split: str) -> int:
-        """How many sequences of L tokens the split has."""
+    def rows(self, split):
+        """The number of rows of L tokens in a split."""
         return len(self.splits[split]) // (self.seq_len - 2 * self.frame)
 
-    def batch(self, split: str, step: int, rows: range) -> torch.Tensor:
-        """Rows of the global batch of `step`: (len(rows), L) int64, a pure function of its arguments and the seed.
+    def batch(self, split, rows, seed=0):
+        """Tokens (B, L), int64, of the given row numbers; a pure function of its arguments.
 
-        Training goes through all blocks in a new order each epoch; packed text is also cut at a new place each epoch.
-        The held-out split is read in order.
+        Row numbers may exceed the size of the split. Every pass through the training rows uses a
+        new order and, if packed, cuts the text at a new offset. Held-out rows keep their order.
         """
-        tokens, n, L = self.splits[split], self.blocks(split), self.seq_len - 2 * self.frame
-        place = step * self.batch_size + np.asarray(rows)
-        start = place % n * L
+        tokens, n, L = self.splits[split], self.rows(split), self.seq_len - 2 * self.frame
+        row = np.asarray(rows)
+        start = row % n * L
         if split == "train":
-            for epoch in np.unique(place // n):
-                here = place // n == epoch
-                order, cut = shuffle(self.seed, int(epoch), n)
-                start[here] = order[place[here] % n] * L + (cut % len(tokens) if self.packing else 0)
-        index = (start[:, None] + np.arange(L)) % len(tokens)  # behind the end the text begins again
-        ids = tokens[index].astype(np.int64)
-        if ids.max(initial=0) >= self.tokenizer.vocab_size:
-            raise UserError(f"{getattr(tokens, 'filename', split)}: damaged, it holds a token beyond the vocabulary; remove "
-                            "its folder, and the next run makes it again")
-        out = torch.from_numpy(ids)
-        return F.pad(F.pad(out, (1, 0), value=self.tokenizer.begin), (0, 1), value=self.tokenizer.end) if self.frame else out
-
+            for epoch in np.unique(row // n):
+                order, offset = shuffle(seed, int(epoch), n)
+                here = row // n == epoch
+                start[here] = order[row[here] % n] * L + self.packing * (offset % L)
+        index = (start[:, None] + np.arange(L)) % len(tokens)  # the text is circular
+        ids = np.full((len(row), self.seq_len), self.tokenizer.end)
+        ids[:, self.frame : self.seq_len - self.frame] = tokens[index]
+        if self.frame:
+            ids[:, 0] = self.tokenizer.begin
+        return torch.from_numpy(ids)
 
 @functools.lru_cache(maxsize=2)
-def shuffle(seed: int, epoch: int, n: int) -> tuple[np.ndarray, int]:
-    """The order of an epoch's n blocks and the place of its first cut."""
+def shuffle(seed, epoch, n):
+    """The order of an epoch's n rows, and the offset of its first row."""
     random = np.random.default_rng([seed, epoch])
     return random.permutation(n), int(random.integers(2**62))
 
+def prepare(dataset, tokenizer, seq_len, packing, vocab_size=0, data_dir="", cache="data"):
+    """The Corpus of these settings: tokenised, or from the token files of an earlier call.
 
-def token_type(vocab_size: int) -> type:
-    return np.uint16 if vocab_size <= 2**16 else np.uint32
-
-
-class Writer:
-    """Appends tokens to folder/{train,heldout}.bin and remembers, in folder/counts.npz, how far it has come: after a kill
-    the next one goes on from there, and the files come out the same."""
-
-    def __init__(self, folder: Path, vocab_size: int):
-        self.folder, self.dtype = folder, token_type(vocab_size)
-        self.batches, self.counts = 0, np.zeros(vocab_size, np.int64)  # batches read, and how often each token was written
-        self.tokens, self.documents = dict(train=0, heldout=0), dict(train=0, heldout=0)
-        self.files = {split: open(folder / f"{split}.bin", "ab") for split in self.tokens}
-        if (saved := read_counts(folder, vocab_size)) and all(
-                file.tell() >= saved[split][0] * self.dtype().itemsize for split, file in self.files.items()):
-            self.batches, self.counts = int(saved["batches"]), saved["counts"]
-            for split in self.files:
-                self.tokens[split], self.documents[split] = map(int, saved[split])
-        for split, file in self.files.items():
-            file.truncate(self.tokens[split] * self.dtype().itemsize)
-
-    def add(self, parts: list[tuple[str, int, np.ndarray]]) -> None:
-        """What one batch of the source has come to: for each split in it, how many documents, and their tokens."""
-        for split, documents, ids in parts:
-            self.files[split].write(ids.tobytes())
-            self.tokens[split] += len(ids)
-            self.documents[split] += documents
-            if split == "train":
-                self.counts += np.bincount(ids, minlength=len(self.counts))
-        self.batches += 1
-        if self.batches % SAVE_EVERY == 0:
-            self.save()
-
-    def save(self) -> None:
-        for file in self.files.values():
-            file.flush()
-            os.fsync(file.fileno())
-        with open(self.folder / "counts.part", "wb") as file:
-            np.savez(file, batches=self.batches, counts=self.counts,
-                     **{split: (self.tokens[split], self.documents[split]) for split in self.tokens})
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(self.folder / "counts.part", self.folder / "counts.npz")
-
-    def close(self) -> None:
-        for file in self.files.values():
-            file.close()
-
-
-def checksums(folder: Path) -> dict[str, int]:
-    """Of the small files of a corpus; the token files, which may have gigabytes, are checked as they are read."""
-    return {name: zlib.crc32((folder / name).read_bytes()) for name in ("tokenizer.json", "counts.npz")}
-
-
-def read_counts(folder: Path, vocab_size: int) -> dict | None:
-    """What a Writer saved last in a folder; None where that is nothing, or damaged."""
-    try:
-        with np.load(folder / "counts.npz") as file:
-            saved = dict(file)
-        shapes = dict(batches=(), counts=(vocab_size,), train=(2,), heldout=(2,))
-        whole = all(saved[name].shape == shape and (saved[name] >= 0).all() for name, shape in shapes.items())
-        return saved if whole else None
-    except Exception:  # zipfile and numpy raise many kinds
-        return None
-
-
-def tokenise(batch: Batch, tokenizer: Tokenizer, detokenise: bool, seq_len: int | None) -> list[tuple[str, int, np.ndarray]]:
-    """For each split in a batch: how many documents, and their tokens, each with an end token or, if seq_len is given,
-    padded to it with end tokens. Raises UserError for a document that does not fit."""
-    parts = []
-    for place, numbers, texts, split, _ in by_split(batch, detokenise):
-        rows = tokenizer.encode(texts)
-        for number, ids in zip(numbers, rows):
-            if seq_len and len(ids) >= seq_len:
-                raise UserError(f"{place}:{number}: {len(ids)} tokens and an end token do not fit --seq-len {seq_len}; "
-                                "give a larger one or --packing")
-            ids += [tokenizer.end] * (seq_len - len(ids) if seq_len else 1)
-        flat = np.fromiter(chain.from_iterable(rows), token_type(tokenizer.vocab_size), sum(map(len, rows)))
-        parts.append((split, len(texts), flat))
-    return parts
-
-
-def start_worker(tokenizer: Path, detokenise: bool, seq_len: int | None) -> None:
-    """What a tokenising process needs to know, once."""
-    global worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    worker = Tokenizer.load(tokenizer), detokenise, seq_len
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def tokenise_in_worker(batch: Batch) -> list[tuple[str, int, np.ndarray]]:
-    return tokenise(batch, *worker)
-
-
-@contextmanager
-def no_interrupts() -> Iterator[None]:
-    """Processes that are started in here never hear of Ctrl-C and the like, which are their parent's to deal with."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def tokenised(source: Source, first: int, path: Path, seq_len: int | None, workers: int) -> Iterator[tuple[int, list]]:
-    """The position of each batch of a source, from the `first` on, and what `tokenise` makes of it by the tokenizer in
-    `path`: in their order, in other processes if workers > 1."""
-    batches, settings = islice(source.batches(), first, None), (path, source.detokenise, seq_len)
-    if workers == 1:
-        tokenizer = Tokenizer.load(path)
-        for batch in batches:
-            yield batch.position, tokenise(batch, tokenizer, *settings[1:])
-        return
-    with no_interrupts():  # its queues have a process of their own
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, settings)
-    try:
-        waiting = deque()  # no more than keeps all busy, so that the source is read as fast as it is tokenised
-        for batch in batches:
-            with no_interrupts():
-                waiting.append((batch.position, pool.submit(tokenise_in_worker, batch)))
-            if len(waiting) > 4 * workers:
-                position, parts = waiting.popleft()
-                yield position, parts.result()
-        for position, parts in waiting:
-            yield position, parts.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def write_tokens(folder: Path, source: Source, seq_len: int | None) -> Writer:
-    """Tokenises a source by folder/tokenizer.json into folder/{train,heldout}.bin, or goes on where an earlier call was cut
-    off; a large one in as many processes as there are cores, MOST_WORKERS at most."""
-    from tqdm import tqdm
-
-    large = not 0 < source.size < LARGE
-    writer = Writer(folder, Tokenizer.load(folder / "tokenizer.json").vocab_size)
-    workers = min(cores(), MOST_WORKERS) if large else 1
-    try:
-        with tqdm(total=source.size or None, desc=f"tokenising {source.name}", unit="B", unit_scale=True, file=sys.stderr,
-                  mininterval=1, disable=not large) as bar:
-            for position, parts in tokenised(source, writer.batches, folder / "tokenizer.json", seq_len, workers):
-                writer.add(parts)
-                bar.set_postfix_str(f"{sum(writer.tokens.values()) / 1e6:.1f}M tokens", refresh=False)
-                bar.update(position - bar.n)
-        writer.save()
-    finally:
-        writer.close()
-    return writer
-
-
-def prepare(dataset: str, tokenizer: str, seq_len: int, packing: bool, seed: int, batch_size: int, vocab_size: int = 0,
-            data_dir: str = "", data_url: str = "", cache: str = "data") -> Corpus:
-    """Tokenises the corpus, or maps the token files of an earlier call with the same source and settings.
-
-    packing=True joins documents by the end token and cuts blocks of seq_len; otherwise each is one row, padded with it.
-    A split without a single block borrows the other's. Raises UserError for a text that cannot be used.
+    packing joins documents with end tokens and cuts rows of seq_len tokens. Without it, a row is
+    one document, padded with end tokens; longer documents are skipped. Raises UserError.
     """
-    if packing and tokenizer in FRAMED and seq_len < 3:
-        raise UserError(f"--seq-len {seq_len}: with --tokenizer {tokenizer} a row begins and ends with a token of its own; "
-                        "give 3 or more")
-    source = sources.find(dataset, data_dir, data_url, cache)
-    settings = {"format": FORMAT, "source": source.checksum(), "tokenizer": tokenizer, "packing": packing,
-                "vocab_size": vocab_size if tokenizer == "bpe" else None, "seq_len": None if packing else seq_len,
-                "heldout": source.rule}
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    folder = Path(cache) / f"{source.name[:64]}-{key}"
-    if not folder.exists():
-        write_corpus(folder, source, settings, vocab_size, data_dir or dataset)
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        if meta["checksums"] != checksums(folder) or settings | meta != meta:
-            raise ValueError("they are not what meta.json says")
-        codec = Tokenizer(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
-        dtype = token_type(codec.vocab_size)
-        splits = {split: np.memmap(folder / f"{split}.bin", dtype, mode="r", shape=(n,)) if n else np.empty(0, dtype)
-                  for split, n in ((split, meta["tokens"][split]) for split in ("train", "heldout"))}
-        if any((folder / f"{split}.bin").stat().st_size != ids.nbytes for split, ids in splits.items()):
-            raise ValueError("there are more or fewer tokens than meta.json says")
-        counts = read_counts(folder, codec.vocab_size)["counts"]
-    except UserError:
-        raise
-    except Exception as error:  # `tokenizers` raises bare Exception
-        raise UserError(f"{folder}: damaged token files ({type(error).__name__}: {str(error)[:200]}); remove the folder, "
-                        "and the next run makes it again") from None
-    corpus = Corpus(codec, splits, meta, torch.empty(0), seq_len, packing, seed, batch_size, False)
-    borrowed = [split for split in splits if not corpus.blocks(split)]
-    if len(borrowed) == 2:
-        raise UserError(f"{dataset}: {sum(meta['tokens'].values())} tokens do not fill one row of --seq-len {seq_len}; "
-                        "give a smaller one or --no-packing")
-    if borrowed:
-        corpus.splits = dict.fromkeys(splits, next(ids for split, ids in splits.items() if split not in borrowed))
-        corpus.borrowed = True
-        if "train" in borrowed:  # then it is a short text
-            counts = np.bincount(corpus.splits["train"], minlength=codec.vocab_size)
-    corpus.log_p = torch.from_numpy((counts + 1) / (counts + 1).sum()).log().float()
-    return corpus
-
-
-def write_corpus(folder: Path, source: Source, settings: dict, vocab_size: int, place: str) -> None:
-    """Makes the token files of a source and their manifest, meta.json, or goes on with what was begun. Whoever comes while
-    another process is at it waits."""
     from filelock import FileLock
 
-    if getattr(multiprocessing.current_process(), "_inheriting", False):  # a tokenising process, in its parent's script
-        raise UserError('a script that prepares a large corpus must do so under if __name__ == "__main__":')
-    part, lock = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "lock"))
+    if packing and tokenizer in FRAMED and seq_len < 3:
+        raise UserError(f"--seq-len {seq_len}: rows of {tokenizer} need at least 3 tokens")
+    source = find_source(dataset, data_dir)
+    settings = dict(source=source.checksum, tokenizer=tokenizer, packing=packing, format=5,
+                    vocab_size=vocab_size if tokenizer == "bpe" else None,
+                    seq_len=None if packing else seq_len)
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+    folder = Path(cache, f"{source.name}-{key}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            write_corpus(folder, source, settings)
+    with readable(folder, "delete the folder"):
+        meta = json.loads((folder / "meta.json").read_text())
+        if any(checksum(folder / name) != crc for name, crc in meta["checksums"].items()):
+            raise ValueError("wrong checksum")
+        codec = Tokenizer.load(folder / "tokenizer.json")
+        skipped, _ = meta["skipped"], meta["source"]
+        splits = {split: np.memmap(folder / f"{split}.bin", token_type(codec), mode="r")
+                  for split, count in meta["tokens"].items() if count}
+    corpus = Corpus(codec, splits, meta, seq_len, packing)
+    usable = [split for split in splits if corpus.rows(split)]
+    if not usable:
+        raise UserError(f"{dataset}: no row of --seq-len {seq_len} tokens; use a smaller one"
+                        if packing else f"{dataset}: all {skipped} documents are longer "
+                        f"than --seq-len {seq_len}; use a larger one or --packing")
+    for split in ("train", "heldout"):  # a tiny corpus uses one split for both
+        if split not in usable:
+            splits[split] = splits[usable[0]]
+    return corpus
+
+def write_corpus(folder, source, settings):
+    """Writes tokenizer, token files and meta.json to a temporary folder, then renames it."""
+    part = folder.with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
     try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock):
-            if not folder.exists():
-                part.mkdir(exist_ok=True)
-                try:
-                    fill(part, source, settings, vocab_size, place)
-                except UserError:  # the same text will not do next time either
-                    shutil.rmtree(part, ignore_errors=True)
-                    raise
-                part.rename(folder)
-        lock.unlink(missing_ok=True)  # whoever waits for it finds the files
-    except BrokenProcessPool:
-        raise UserError(f"{part}: a tokenising process was ended (out of memory?); the same command goes on") from None
-    except OSError as error:
-        raise UserError(f"{part}: cannot be written ({error.strerror or error}); make room for it in {part.parent}, and the "
-                        "same command goes on") from None
+        codec = make_tokenizer(settings["tokenizer"], source, settings["vocab_size"])
+        codec.save(part / "tokenizer.json")
+        counts = write_tokens(part, source, codec, settings["seq_len"])
+        names = ("tokenizer.json", "train.bin", "heldout.bin")
+        meta = settings | counts | dict(checksums={name: checksum(part / name) for name in names})
+        (part / "meta.json").write_text(json.dumps(meta, indent=1))
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
+def write_tokens(folder, source, tokenizer, seq_len):
+    """Tokenises a source into folder/{train,heldout}.bin; returns counts for meta.json.
 
-def fill(folder: Path, source: Source, settings: dict, vocab_size: int, place: str) -> None:
-    """Tokenizer, token files and manifest of a source. Raises UserError for a text that cannot be used."""
-    if not (folder / "counts.npz").is_file():
-        if not any(batch.texts for batch in source.batches()):
-            raise UserError(f"{place}: no text in it; give a file with one document a line")
-        make_tokenizer(settings["tokenizer"], source, vocab_size).save(folder / "tokenizer.json")
-    done = write_tokens(folder, source, settings["seq_len"])
-    meta = {"tokens": done.tokens, "documents": done.documents, "checksums": checksums(folder)} | settings
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+    seq_len: pads every document to this length and skips longer ones; None: no padding.
+    """
+    from tqdm import tqdm
+
+    tokens, skipped, end = dict(train=0, heldout=0), 0, [tokenizer.end]
+    bar = tqdm(total=source.size or None, desc=f"tokenising {source.name}", unit="B",
+               unit_scale=True, file=sys.stderr, mininterval=1)
+    with bar, open(folder / "train.bin", "wb") as train, open(folder / "heldout.bin", "wb") as held:
+        for part in read_split(source):
+            documents = tokenizer.encode(part.texts)
+            if seq_len:
+                fitting = [ids for ids in documents if len(ids) < seq_len]
+                skipped += len(documents) - len(fitting)
+                documents = [ids + end * (seq_len - len(ids) - 1) for ids in fitting]
+            ids = chain.from_iterable(ids + end for ids in documents)
+            flat = np.fromiter(ids, token_type(tokenizer))
+            (train if part.split == "train" else held).write(flat.tobytes())
+            tokens[part.split] += len(flat)
+            bar.update(part.position - bar.n)
+    if not sum(tokens.values()) + skipped:
+        raise UserError(f"{source.name}: the text is empty; pass one document per line")
+    return dict(tokens=tokens, skipped=skipped)
+
+def token_type(tokenizer):
+    return np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+
+def checksum(path):
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            crc = zlib.crc32(block, crc)
+    return crc

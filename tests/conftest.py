@@ -1,33 +1,26 @@
-"""How hard the fuzzers look (harder: pytest tests/test_inputs.py --hypothesis-profile hunt), and what they have tried."""
+"""Settings and fixtures of the slow tests: pytest -n 2 tests"""
 
-import collections
-import datetime
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-tally = collections.Counter()
+HERE = Path(__file__).parent.parent
+sys.path.insert(0, str(HERE))
 
-QUIET = dict(deadline=datetime.timedelta(seconds=30), suppress_health_check=list(HealthCheck), database=None)
-settings.register_profile("default", max_examples=100, derandomize=True, **QUIET)
-settings.register_profile("hunt", max_examples=3000, **QUIET)
-settings.load_profile("default")
+settings.register_profile("repeatable", derandomize=True, database=None, deadline=None,
+                          suppress_health_check=list(HealthCheck))
+settings.load_profile("repeatable")
 
+TEXT = "".join(f"{word} {i}\n" for i in range(300) for word in ("one", "twenty"))
 
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.stem != "test_words")  # the longest first, for two workers to end together
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty working folder with a small text."""
+    import flm
 
-
-def pytest_sessionfinish(session):
-    if hasattr(session.config, "workeroutput"):  # one of several processes
-        session.config.workeroutput["tally"] = dict(tally)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node):
-    tally.update(node.workeroutput["tally"])
-
-
-def pytest_terminal_summary(terminalreporter):
-    for name, count in sorted(tally.items()):
-        terminalreporter.write_line(f"{name}: {count}")
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text(TEXT)
+    yield tmp_path
+    flm.locks.clear()

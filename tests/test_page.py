@@ -1,93 +1,90 @@
-"""The page of --html, in a real browser."""
+"""The animated page, in headless Chromium at the width of a phone."""
 
+import html
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from nursery import Child
-from test_flm import TINY
+import torch
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+import distill
+import flm
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+         "--disable-background-networking --disable-component-update --virtual-time-budget=30000")
+TINY = "--depth 1 --width 16 --heads 2 --batch-size 8 --seq-len 12 --tokenizer chars --no-packing"
 DRIVE = """<script>
 addEventListener("load", async () => {
-  const texts = () => [...document.querySelectorAll("li")].map(row => row.textContent), seen = {}, time = get("time");
-  const press = key => document.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true, cancelable: true}));
-  seen.first = texts();
+  const columns = () => spans.map(rows => rows.map(row => row.map(x => x.textContent).join("")));
+  const press = key => document.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+  const seen = {autoplay: play.textContent}; stop();
   time.value = 1; time.dispatchEvent(new Event("input"));
-  seen.slid = texts(); seen.ink = +spans[0].style.opacity; seen.tau = get("tau").textContent;
+  seen.percent = spans[0].map(row => row.map(span => +span.style.getPropertyValue("--p")));
   press("ArrowRight"); seen.right = +time.value;
-  press("Home"); seen.noise = texts();
-  press("End"); seen.end = +time.value;
-  get("play").click(); seen.rewound = +time.value;
-  await new Promise(done => setInterval(() => +time.value === +time.max && done(), 50));
-  seen.played = texts(); seen.button = get("play").textContent;
-  spans[1].dispatchEvent(new PointerEvent("pointerover", {bubbles: true})); seen.top = get("top").textContent;
-  press(" "); seen.playing = get("play").textContent; press(" ");
+  press("ArrowLeft"); press("ArrowLeft"); press("ArrowLeft"); seen.left = +time.value;
+  seen.noise = columns().flat().join("");
+  press(" "); seen.playing = play.textContent;
+  await new Promise(done => setInterval(() => timer || done(), 50));
+  seen.end = columns(); seen.stopped = play.textContent;
   seen.fits = document.documentElement.scrollWidth <= innerWidth;
   seen.ground = getComputedStyle(document.body).backgroundColor;
   parent.postMessage(JSON.stringify(seen), "*");
 });
-</script></html>"""
-PHONE = """<iframe src="PAGE" style="width: 360px; height: 640px; border: 0"></iframe><script>
-onmessage = event => { const out = document.createElement("pre"); out.id = "seen"; out.textContent = event.data;
-                       document.body.append(out); };
 </script>"""
-
+PHONE = """<iframe src="driven.html" style="width: 390px; height: 844px"></iframe><script>
+onmessage = event => { document.body.innerText = `<pre>${event.data}</pre>`; };
+</script>"""
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A map and a flow of letters, and a flow of word pieces, all of few steps, with their samples and pages."""
+    """A flow and its map after a few steps on a small text, and their page."""
     folder = tmp_path_factory.mktemp("page")
-    text = "".join(f"caf\u00e9 \u4f60\u597d </script> & <b>\\{i}</b> {i ** 3}\n" for i in range(900))
-    Path(folder, "a.txt").write_text(text, encoding="utf-8")
-    for program, line in (
-            ("flm.py", f"--run-dir chars --dataset a.txt --tokenizer chars --no-packing --seq-len 48 --max-steps 60 {TINY}"),
-            ("distill.py", "--run-dir chars --max-steps 2 --no-bf16"),
-            ("flm.py", f"--run-dir bpe --dataset a.txt --vocab-size 400 --packing --seq-len 32 --max-steps 60 {TINY}"),
-            ("flm.py", "--sample --run-dir chars --sample-steps 9 --html c.html --out c.txt"),
-            ("flm.py", "--sample --run-dir bpe --html b.html --out b.txt"),
-            ("distill.py", "--sample --run-dir chars --html m.html --out m.txt")):
-        child = Child(program, line, folder)
-        assert child.status() == 0, child.err
+    Path(folder, "a.txt").write_text("".join(f"a <b> {i}\n" for i in range(900)))
+    root = Path(flm.__file__).parent
+    for line in (f"{root}/flm.py --dataset a.txt --run-dir r --max-steps 40 {TINY}",
+                 f"{root}/distill.py --run-dir r --max-steps 4",
+                 "-m extras.page --run-dir r --out page.html --sample-steps 8 --map-steps 2"):
+        done = subprocess.run([sys.executable, *line.split()], cwd=folder, capture_output=True,
+                              text=True, env=os.environ | {"PYTHONPATH": str(root)})
+        assert done.returncode == 0, done.stderr
     return folder
 
+def drive(folder, *flags):
+    if not CHROMIUM:
+        pytest.skip("needs chromium")
+    page = (folder / "page.html").read_text()
+    (folder / "driven.html").write_text(page + DRIVE)
+    (folder / "phone.html").write_text(PHONE)
+    done = subprocess.run([CHROMIUM, *FLAGS.split(), *flags, f"--user-data-dir={folder}/profile",
+                           "--dump-dom", (folder / "phone.html").as_uri()],
+                          capture_output=True, text=True, timeout=120)
+    return json.loads(re.search("<pre>(.*)</pre>", html.unescape(done.stdout), re.S)[1])
 
-def drive(page: Path, *flags: str) -> dict:
-    """What a browser shows, on the width of a phone, while it is played with."""
-    driven, phone = page.with_suffix(".driven.html"), page.with_suffix(".phone.html")
-    driven.write_text(page.read_text(encoding="utf-8").replace("</html>", DRIVE), encoding="utf-8")
-    phone.write_text(PHONE.replace("PAGE", driven.name))
-    done = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=30000", *flags,
-                           "--dump-dom", phone.as_uri()], capture_output=True, text=True, timeout=120)
-    seen = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.S)
-    assert seen, done.stderr[-2000:]
-    return json.loads(seen[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
-
-
-@pytest.mark.skipif(not CHROMIUM, reason="no browser")
-@pytest.mark.parametrize("name, frames", (("c", 9), ("b", 32), ("m", 1)))
-def test_texts_denoise_in_a_browser_and_end_as_the_samples(folder, name, frames):
-    seen = drive(folder / f"{name}.html")
-    lines = (folder / f"{name}.txt").read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 16 and seen["first"] == seen["played"] == lines
-    assert set("".join(seen["noise"])) == {"\u00b7"} and seen["tau"] == "tau 0.00"
-    assert seen["slid"] != seen["noise"] and (seen["slid"] != lines or frames == 1)
-    assert 0.16 < seen["ink"] < 1 and seen["end"] == frames and seen["right"] == min(2, frames)
-    assert seen["rewound"] == 0 and seen["button"] == "play" and seen["playing"] == "pause"
-    assert re.match(r".+ \d+ %     .+ \d+ %     .+ \d+ %$", seen["top"], re.S)
+def test_page_animates_the_samples(folder):
+    seen = drive(folder)
+    flow, flow_map = flm.load(folder / "r/flm.pt"), flm.load(folder / "r/fmlm.pt")
+    tokens = flm.sample(flow, 16, 8, 0), distill.sample(flow_map, 16, 2, 0)
+    texts = [[re.sub("\u2009·", "", text) for text in column] for column in seen["end"]]
+    assert texts == [flm.to_lines(flow, ids) for ids in tokens]
+    state, zero = flow.noise(flm.Rows(0, -1, range(16), 16)), torch.zeros(16)
+    probs = flow(state, zero).softmax(-1).amax(-1)
+    assert (torch.tensor(seen["percent"]) - 100 * probs).abs().max() < 0.51
+    assert set(seen["noise"]) == {"\u2009", "·"} and (seen["right"], seen["left"]) == (2, 0)
+    assert (seen["autoplay"], seen["playing"], seen["stopped"]) == ("Pause", "Pause", "Play")
     assert seen["fits"]
 
+def test_dark_mode_and_reduced_motion(folder):
+    flags = "--blink-settings=preferredColorScheme=0", "--force-prefers-reduced-motion"
+    dark, light = drive(folder, *flags), drive(folder)
+    assert dark["ground"] == "rgb(20, 21, 24)" and light["ground"] == "rgb(252, 251, 248)"
+    assert dark["autoplay"] == "Play"  # starts only if asked to
 
-@pytest.mark.skipif(not CHROMIUM, reason="no browser")
-def test_a_page_is_dark_where_the_reader_likes_it_dark(folder):
-    light, dark = drive(folder / "c.html"), drive(folder / "c.html", "--blink-settings=preferredColorScheme=0")
-    assert light["ground"] != dark["ground"]
-
-
-def test_a_page_is_small_and_needs_nothing_else(folder):
-    """At most 300 KiB for 16 samples of 32 tokens in 64 steps; not one address in it."""
-    page = (folder / "b.html").read_text(encoding="utf-8")
-    assert len(page.encode()) <= 300 * 1024 and not re.search(r"https?:|src=|@import|url\(", page.split('id="content"')[0])
+def test_page_is_small_and_needs_no_network(folder):
+    page = (folder / "page.html").read_text()
+    assert len(page.encode()) <= 300 * 1024 and not re.search(r"https?:|src=|@import|url\(", page)

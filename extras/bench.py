@@ -1,0 +1,250 @@
+"""Speed and memory of training, sampling, distillation and tokenisation.
+
+    python -m extras.bench                                  # V = 50257, D = 256, 4 blocks, 8 x 128
+    python -m extras.bench --preset lm1b --bf16             # the network of a preset
+    python -m extras.bench --what sample distill --json bench.json
+    python -m extras.bench --what data --tokenizer gpt2
+
+step     a training step on random tokens. masked: a masked language model, the lower limit;
+         flow: flm.flow_loss; materialised: the paper's formulas, with vectors in V dimensions
+sample   texts of the map (1 step), of the flow and of an autoregressive model with its cache
+distill  a step of distill.py against a step of flm.py
+data     text to token files, with the training of a bpe vocabulary; encode; token files to batches
+
+Times are medians of --repeats after one run to warm up. The variants take turns, so that a slow
+moment of the machine affects all of them. gb: the largest memory that a step allocates, in
+addition to weights and optimizer states. matrix_share (on CUDA): the share of the speed of a large
+bfloat16 matrix product.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+
+import data
+import distill
+import flm
+from extras import baselines
+
+SIZES = dict(vocab_size=50257, width=256, depth=4, heads=4, batch_size=8, seq_len=128,
+             tokenizer="bpe")
+PRESETS = {  # what differs from flm.PRESETS: true vocabularies, and batches for one device
+    "sentences": {}, "words": dict(vocab_size=27), "sotu": {},
+    "lm1b": dict(vocab_size=30522, batch_size=256), "owt": dict(vocab_size=50258, batch_size=32)}
+
+@dataclass
+class Config(flm.Config):
+    """Settings of the networks and of the benchmark; V is vocab_size."""
+
+    repeats: int = flm.setting(7)
+
+# --------------------------------------------------------------------------------- 1. Networks
+
+def masked_loss(model, tokens, rows):
+    """Cross-entropy (B,) of a masked language model; the input is an embedding look-up."""
+    tau = rows.times(tokens.device)
+    unmasked = torch.rand_like(tokens, dtype=tau.dtype) < tau[:, None]
+    state = model.clean(tokens) * unmasked[..., None]
+    return flm.cross_entropy(model(state, tau), tokens), tau
+
+def materialised_loss(model, tokens, rows):
+    """The loss of the flow (B,), with all of its vectors in V dimensions."""
+    tau = rows.times(tokens.device)
+    t = model.clock.t(tau)[:, None, None]
+    one_hot = F.one_hot(tokens, model.V).float()
+    x = (1 - t) * torch.randn_like(one_hot) + t * one_hot  # (B, L, V)
+    logits = model(x @ model.embedding, tau)
+    return flm.cross_entropy(logits, one_hot), tau
+
+def build(config, network=flm.Transformer):
+    """An untrained network."""
+    tokenizer = data.Tokenizer(dict(kind="ids", vocab_size=config.vocab_size))
+    device = torch.device(config.device)
+    return flm.build(config, tokenizer, device, config.bf16, network)
+
+def training_step(model, loss):
+    """A function that takes one training step, as flm.train does, on the same random tokens."""
+    config, B = model.config, model.config.batch_size
+    if model.device.type == "cuda":
+        model.compile()
+    optimizers = flm.make_optimizers(model, config)
+    tokens = torch.randint(model.V, (B, config.seq_len), device=model.device)
+    steps = itertools.count()
+
+    def step():
+        rows = flm.Rows(0, next(steps), range(B), B)
+        nats, _ = loss(model, tokens, rows)
+        nats.mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return step
+
+# ------------------------------------------------------------------------- 2. Time and memory
+
+def median_seconds(functions, repeats, calls=1):
+    """Median seconds of each function by name; `calls` calls are timed together."""
+    seconds = {name: [] for name in functions}
+    for _ in range(repeats + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            for _ in range(calls):
+                function()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            seconds[name].append((time.perf_counter() - start) / calls)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+def peak_bytes(step):
+    """The largest number of bytes that the second call of step() has allocated at one time."""
+    step()
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = profiler.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    return max(itertools.accumulate(size for _, size in sorted(changes)))
+
+def matrix_share(config, tokens_per_s):
+    """A step has 6 operations per token for each weight, and those of attention."""
+    D, L = config.width, config.seq_len
+    weights = 12 * config.depth * D**2 + D * config.vocab_size
+    operations = 6 * weights + 12 * config.depth * L * D
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    seconds = median_seconds(dict(product=lambda: a @ a), 20)
+    return operations * tokens_per_s * seconds["product"] / (2 * 8192**3)
+
+# ----------------------------------------------------------------------------------- 3. Tables
+
+def with_rates(seconds, tokens):
+    """The first columns of a table from seconds by name; ratios are to the first one."""
+    base = next(iter(seconds.values()))
+    return [dict(name=name, seconds=x, tokens_per_s=tokens / x, time_ratio=x / base)
+            for name, x in seconds.items()]
+
+def compare(steps, config):
+    """A table of training steps."""
+    on_gpu = torch.cuda.is_initialized()
+    memory = [peak_bytes(step) for step in steps.values()]
+    seconds = median_seconds(steps, config.repeats, calls=5 if on_gpu else 1)
+    table = with_rates(seconds, config.batch_size * config.seq_len)
+    for row, size in zip(table, memory):
+        row |= dict(gb=size / 1e9, gb_ratio=size / memory[0])
+        if on_gpu:
+            row["matrix_share"] = matrix_share(config, row["tokens_per_s"])
+    return table
+
+def bench_step(config):
+    losses = dict(masked=masked_loss, flow=flm.flow_loss, materialised=materialised_loss)
+    steps = {name: training_step(build(config), loss) for name, loss in losses.items()}
+    return compare(steps, config)
+
+def bench_distill(config):
+    teacher, flow_map = build(config), build(config, flm.FlowMap)
+    teacher.requires_grad_(False)
+    flow_map.embedding.requires_grad_(False)
+    if teacher.device.type == "cuda":
+        teacher.compile()
+    return compare(dict(
+        flow=training_step(build(config), flm.flow_loss),
+        map=training_step(flow_map, distill.map_loss(teacher))), config)
+
+def bench_sample(config):
+    """Seconds for 1, 16 and 128 texts; the flow in 8 and 64 steps for 1 text only."""
+    flow_map = build(config, flm.FlowMap).eval()
+    flow = build(config).eval()
+    ar = build(config, baselines.NETWORKS["ar"]).eval()
+    table, L = [], config.seq_len
+    for n in (1, 16, 128):
+        samplers = {"map 1": partial(distill.sample, flow_map, n, 1, 0)}
+        for steps in (1, 8, 64) if n == 1 else (1,):
+            samplers[f"flow {steps}"] = partial(flm.sample, flow, n, steps, 0)
+        samplers[f"ar {L}"] = partial(baselines.SAMPLERS["ar"], ar, n, L, 0)
+        seconds = median_seconds(samplers, config.repeats)
+        table += [dict(row, texts=n) for row in with_rates(seconds, n * L)]
+    return table
+
+def bench_data(config):
+    """Tokens per second on the speeches of `sotu`."""
+    documents = []
+    for part in data.find_source("sotu").read():
+        documents += part.texts
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        corpus = data.prepare("sotu", config.tokenizer, seq_len=128, packing=True,
+                              vocab_size=4096, cache=folder)
+        prepare_seconds = time.perf_counter() - start
+        rows = range(2**15)
+        seconds = median_seconds({
+            "encode": lambda: corpus.tokenizer.encode(documents),
+            "batch": lambda: corpus.batch("train", rows)}, config.repeats)
+    count = sum(map(len, corpus.splits.values()))
+    return [
+        dict(name="token files", tokens_per_s=count / prepare_seconds),
+        dict(name="encode", tokens_per_s=count / seconds["encode"]),
+        dict(name="batches", tokens_per_s=len(rows) * 128 / seconds["batch"])]
+
+# ----------------------------------------------------------------------------- 4. Command line
+
+TABLES = dict(step=bench_step, sample=bench_sample, distill=bench_distill, data=bench_data)
+
+def print_table(table):
+    """Prints a list of dicts with the same keys, one per line."""
+    print("".join(f"{key:>14}" for key in table[0]))
+    for row in table:
+        name, *numbers = row.values()
+        print(f"{name:>14}" + "".join(f"{x:14.6g}" for x in numbers))
+
+def main(argv):
+    parser = flm.Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter,
+                        argument_default=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--what", nargs="+", default=["step"], choices=TABLES, help="tables to print")
+    add("--preset", default="", choices=PRESETS, help="use the sizes of this preset of flm.py")
+    add("--vocab", type=int, dest="vocab_size", help="V")
+    add("--rows", type=int, dest="batch_size", help="B")
+    for name in ("width", "depth", "heads", "seq_len", "repeats", "threads"):
+        add(flm.flag_of(name), type=int)
+    add("--bf16", action=argparse.BooleanOptionalAction)
+    add("--device", choices=("auto", "cpu", "cuda", "mps"))
+    add("--tokenizer", choices=data.TOKENIZERS, help="of data")
+    add("--json", default=os.devnull, help="file for all figures")
+    given = vars(parser.parse_args(argv))
+    what = given.pop("what")
+    preset = given.pop("preset")
+    path = Path(given.pop("json"))
+
+    # flags replace the sizes of the preset
+    sizes = flm.PRESETS[preset] | PRESETS[preset] if preset else SIZES
+    config = Config(**(sizes | given | dict(dropout=0.0, condition_prob=0.0)))
+    flm.check(config)
+    path.touch()  # an error here comes before the work
+    config.device = str(flm.setup(config))
+    config.threads = torch.get_num_threads()
+    report = dict(settings=asdict(config), torch=torch.__version__)
+    print(f"V = {config.vocab_size}, D = {config.width}, {config.depth} blocks, B = "
+          f"{config.batch_size}, L = {config.seq_len}, {config.device}, {config.threads} threads")
+    for name in what:
+        print(f"\n{name}")
+        report[name] = TABLES[name](config)
+        print_table(report[name])
+    path.write_text(json.dumps(report, indent=1))
+
+if __name__ == "__main__":
+    flm.run_command(main)
