@@ -56,11 +56,12 @@ def sample(model, n, steps, seed, renoise=0.0, known=None):
 
     Starts from the same noise as flm.sample. known: token ids (L,) or (n, L), -1 where unknown.
     """
-    def solve(rows, known):
-        delta = mean_denoiser(model, known)
+    def solve(rows, given):
+        delta = mean_denoiser(model, given)
         noise = partial(model.noise, rows)
         generator = few_steps(delta, noise(), model.clock, steps, model.clean, noise, renoise)
         return flm.last(generator).argmax(-1)
+
     return flm.in_batches(model, n, seed, solve, known)
 
 def mean_denoiser(model, known=None):
@@ -171,6 +172,7 @@ def join_run(argv, config_type, doc, kind, defaults, hidden=()):
     corpus = flm.prepare_corpus(config)
     if flow.source not in ("", corpus.meta["source"]):  # a converted flow has no source
         raise UserError(f"--dataset {config.dataset}: changed since the flow was trained on it")
+    flm.begin_run(config, kind)
     return config, flow, corpus
 
 def main(argv):

@@ -9,11 +9,16 @@
 
 Paper: "One-step Language Modeling via Continuous Denoising", arXiv 2602.16813.
 Differences from a GPT, marked [FLM] below:
-    - The input is a noisy one-hot vector per position: x_t = (1-t) x0 + t x1, with x0 Gaussian
-      noise and x1 the one-hot token. t = 0 is noise, t = 1 is data.
-    - The network predicts all clean tokens from x_t and t. Attention is not causal.
-    - Time is measured by tau(t), the accuracy with which a noisy token can be decoded.
+    - The input is a noisy one-hot vector per position: x_t = (1-t) x0 + t x1 in R^V, with x0
+      Gaussian noise and x1 the one-hot token. t = 0 is noise, t = 1 is data. The network reads
+      x_t only through x_t E, with E (V, D) its input embedding. So the code keeps the product:
+      a `state` (B, L, D).
+    - The network predicts all clean tokens from the state and the time. Attention is not causal.
+    - Time is measured by tau(t): the accuracy of decoding a noisy token, rescaled so that a guess
+      has 0.
     - A text is written by solving an ordinary differential equation from noise to data.
+distill.py turns a flow into a flow map (FMLM), which jumps from a time tau_s to a later tau_t in
+one evaluation. The second time input of the network is for it.
 B, L, V, D: batch size, sequence length, vocabulary size, network width.
 """
 
@@ -72,9 +77,10 @@ class Clock(nn.Module):
         tau = decodability(t, V).float()
         tau[0] = 0
         tau = tau.cummax(0).values  # removes rounding errors near tau = 0
-        one = torch.ones(1)
-        nodes = torch.stack([torch.cat([x[tau < 1].float(), one]) for x in (tau, t)])
-        self.register_buffer("nodes", nodes, persistent=False)  # rows: tau, t
+        below, one = tau < 1, torch.ones(1)  # in float32, tau reaches 1 before t does
+        tau = torch.cat([tau[below], one])
+        t = torch.cat([t[below].float(), one])
+        self.register_buffer("nodes", torch.stack([tau, t]), persistent=False)
 
     def t(self, tau):
         """t(tau), float32, any shape. t(0) = 0 and t(1) = 1 exactly."""
@@ -94,15 +100,18 @@ def interpolate(x, x_nodes, y_nodes):
 
 # ------------------------------------------------------------------------- 2. Batch randomness
 
+SAMPLING, EVALUATION = -1, -2  # in place of a training step
+
 @dataclass(frozen=True)
 class Rows:
     """Rows of a global batch. Every random number of a row is a function of (seed, step, row).
 
-    So a run on two processes uses the same numbers as on one, and resuming needs no saved state.
+    So a run on two processes uses the same numbers as on one (except for dropout), and resuming
+    needs no saved generator state.
     """
 
     seed: int
-    step: int  # training steps count from 0; negative: samples and evaluations
+    step: int  # a training step, SAMPLING or EVALUATION
     index: range  # the numbers of these rows in the global batch
     total: int  # rows of the global batch
 
@@ -112,17 +121,17 @@ class Rows:
         generator = torch.Generator(device)
         for i, row in enumerate(self.index):
             key = repr((self.seed, self.step, row, purpose)).encode()
-            digest = hashlib.blake2b(key, digest_size=7).hexdigest()
-            x[i].normal_(generator=generator.manual_seed(int(digest, 16)))
+            seed = int(hashlib.blake2b(key, digest_size=7).hexdigest(), 16)  # 56 bits
+            x[i].normal_(generator=generator.manual_seed(seed))
         return x
 
     def uniform(self, shape, device, *purpose):
-        """U(0, 1) numbers (B, *shape), drawn on the CPU."""
+        """U(0, 1) numbers (B, *shape), the same on every device: drawn on the CPU."""
         white = self.normal(shape, "cpu", "uniform", *purpose)
         return send(torch.special.ndtr(white), device)
 
     def times(self, device):
-        """tau (B,) ~ U(0, 1), stratified: each of `total` equal intervals contains one tau."""
+        """tau (B,) ~ U(0, 1), stratified: row i has tau in the i-th of `total` equal intervals."""
         interval = torch.arange(self.index.start, self.index.stop, device=device)
         return (interval + self.uniform((), device, "time")) / self.total
 
@@ -133,21 +142,22 @@ def send(x, device):
     return x.to(device, non_blocking=True)
 
 def draw_known(model, tokens, rows):
-    """Prompts for a training batch: token ids (B, L), -1 where unknown; None if it has none.
+    """Prompts for a training batch: token ids (B, L), -1 where unknown.
 
     With probability condition_prob, a row is given some of its tokens: half the time a prefix,
-    otherwise random positions. At least one position stays unknown.
+    otherwise random positions. At least one position stays unknown. Returns None outside of
+    training, and for a model without prompts.
     """
     if not (model.training and model.takes_prompts):
         return None
     L = tokens.shape[1]
     u = rows.uniform((3 + L,), tokens.device, "known")
-    chosen, kind, share = u[:, :3, None].unbind(1)  # (B, 1) each
-    place = torch.arange(L, device=tokens.device) / L
-    score = torch.where(kind < 0.5, place, u[:, 3:])
+    chosen = u[:, 0:1] < model.config.condition_prob
+    use_prefix, share = u[:, 1:2] < 0.5, u[:, 2:3]
+    # the positions with the lowest scores are given: scores increase, or are random
+    score = torch.where(use_prefix, torch.arange(L, device=tokens.device) / L, u[:, 3:])
     known = (score < share) & (score < score.amax(1, keepdim=True))
-    known &= chosen < model.config.condition_prob
-    return torch.where(known, tokens, -1)
+    return torch.where(chosen & known, tokens, -1)
 
 # ------------------------------------------------------------------------------------- 3. Loss
 
@@ -159,7 +169,7 @@ def flow_loss(model, tokens, rows):
     tau = rows.times(tokens.device)
     known = draw_known(model, tokens, rows)
     t = model.clock.t(tau)[:, None, None]
-    state = torch.lerp(model.noise(rows), model.clean(tokens), t)  # x_t = (1-t) x0 + t x1
+    state = torch.lerp(model.noise(rows), model.clean(tokens), t)  # x_t E, x_t = (1-t) x0 + t x1
     logits = model(state, tau, known=known)
     return cross_entropy(logits, tokens, known), tau
 
@@ -180,8 +190,9 @@ def mean_unknown(nats, known=None):
 def euler(denoiser, state, clock, steps, clean=lambda probs: probs):
     """[FLM] Euler sampler on a uniform grid of tau. Yields (tau, state, probs) of each step.
 
-    denoiser(state, tau_s (B,), tau_t (B,)) -> probs (B, L, V): E[x1 | x_s] for a flow, which
-    ignores tau_t. clean(probs) is the state at t = 1. The argmax of the last probs is the text.
+    denoiser(state, tau (B,), tau_next (B,)) -> probs (B, L, V): E[x1 | x_t] for a flow, which
+    ignores tau_next. clean(probs) is the state at t = 1; by default, states are in R^V. The argmax
+    of the last probs is the text.
     """
     taus = torch.linspace(0, 1, steps + 1, device=state.device)
     for tau, tau_next in zip(taus, taus[1:]):
@@ -192,7 +203,7 @@ def euler(denoiser, state, clock, steps, clean=lambda probs: probs):
         state = state + (t_next - t) * velocity
 
 def ancestral(denoiser, state, clock, steps, clean, noise, uniform):
-    """Ancestral sampler: draws tokens, then the next state given them (Song et al. 2021).
+    """Ancestral sampler: draws tokens, then the next state given them (DDIM, Song et al. 2021).
 
     Yields (tau, state, tokens (B, L)); the last tokens are the text. noise(i) is a state at t = 0
     and uniform(i) are (B, L) uniform numbers, fresh in each step i. The last step draws its tokens
@@ -203,10 +214,12 @@ def ancestral(denoiser, state, clock, steps, clean, noise, uniform):
         probs = denoiser(state, tau.expand(len(state)), tau_next.expand(len(state)))
         tokens = draw_tokens(probs, uniform(i))
         yield tau, state, tokens
-        t, u = clock.t(tau), clock.t(tau_next)
-        a = t * (1 - u) ** 2 / (u * (1 - t) ** 2)
-        b = (u - t) * (u + t - 2 * u * t) / (u * (1 - t) ** 2)
-        v = (1 - u) ** 2 / u * b
+        # the law of the next state, at time s > t, given x_t and the tokens x1: a Gaussian with
+        # mean a x_t + b x1 and variance v (Bayes' rule for two times of one diffusion)
+        t, s = clock.t(tau), clock.t(tau_next)
+        a = t * (1 - s) ** 2 / (s * (1 - t) ** 2)
+        b = (s - t) * (s + t - 2 * s * t) / (s * (1 - t) ** 2)
+        v = (1 - s) ** 2 / s * b
         state = a * state + b * clean(tokens) + v.sqrt() * noise(i)
 
 def draw_tokens(probs, uniform):
@@ -219,14 +232,14 @@ def sample(model, n, steps, seed, sampler="euler", temperature=1.0, known=None):
     """[FLM] Writes n texts, all positions at once, in `steps` network evaluations: tokens (n, L).
 
     Text i depends on the settings, the seed and i only. known: token ids (L,) or (n, L), -1 where
-    unknown. Raises UserError for a temperature with "euler", which has no use for one.
+    unknown. Raises UserError if "euler" has a temperature: it needs the mean of the clean tokens.
     """
     if sampler == "euler" and temperature != 1:
         raise UserError(f"--temperature {temperature}: needs --sampler ancestral")
 
-    def solve(rows, known):
-        def denoiser(state, tau_s, tau_t):
-            return (model(state, tau_s, known=known) / temperature).softmax(-1)
+    def solve(rows, given):
+        def denoiser(state, tau, tau_next):
+            return (model(state, tau, known=given) / temperature).softmax(-1)
 
         arguments = denoiser, model.noise(rows), model.clock, steps, model.clean
         if sampler == "euler":
@@ -234,6 +247,7 @@ def sample(model, n, steps, seed, sampler="euler", temperature=1.0, known=None):
         noise = partial(model.noise, rows)
         uniform = partial(rows.uniform, (model.config.seq_len,), model.device)
         return last(ancestral(*arguments, noise, uniform))
+
     return in_batches(model, n, seed, solve, known)
 
 def last(sampler_steps):
@@ -247,7 +261,7 @@ def in_batches(model, n, seed, solve, known=None):
         raise UserError("this model was trained without prompts; train with --condition-prob 0.1")
     batch, texts, given = batch_rows(model), [], None
     for i in range(0, n, batch):
-        rows = Rows(seed, -1, range(i, min(i + batch, n)), n)
+        rows = Rows(seed, SAMPLING, range(i, min(i + batch, n)), n)
         if known is not None:
             given = known.expand(n, -1)[i : i + batch].to(model.device)
         tokens = solve(rows, given)
@@ -277,7 +291,7 @@ class TimeEmbedding(nn.Module):
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
 
 def rotate(x, cos, sin):
-    """Rotary positions: x (B, L, n, heads, 2k); cos and sin (L, 1, 1, k)."""
+    """Rotary positions of queries and keys: x (B, L, 2, heads, 2k); cos and sin (L, 1, 1, k)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
@@ -316,12 +330,13 @@ class Block(nn.Module):
         modulation = self.modulation(cond)[:, None].to(x.dtype)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
 
-        # addcmul(a, b, c) is a + b c, in one pass over memory
+        # norm1(x) (1 + scale1) + shift1; addcmul reads and writes memory once
         h = torch.addcmul(shift1, self.norm1(x), 1 + scale1)
         qkv = self.qkv(h).view(B, L, 3, self.heads, D // self.heads)
-        q, k = rotate(qkv[:, :, :2], cos, sin).to(qkv.dtype).transpose(1, 3).unbind(2)
+        qk = rotate(qkv[:, :, :2], cos, sin).to(qkv.dtype)
+        q, k = qk.transpose(1, 3).unbind(2)  # (B, heads, L, D / heads) each
         v = qkv[:, :, 2].transpose(1, 2)
-        h = self.attend(q, k, v)  # (B, heads, L, D / heads)
+        h = self.attend(q, k, v)
         h = self.out(h.transpose(1, 2).reshape(B, L, D))
         x = torch.addcmul(x, gate1, self.dropout(h).to(x.dtype))
 
@@ -347,6 +362,7 @@ class Transformer(nn.Module):
         self.clock = Clock(V)
         self.cached_factor = None, None
         self.embedding = nn.Parameter(torch.empty(V, D).uniform_(-1, 1) / math.sqrt(D))  # E
+        # padded rows start with a document, so their absolute positions are informative
         self.position = None if config.packing else nn.Parameter(torch.zeros(L, D))
         self.takes_prompts = config.condition_prob > 0
         self.known_embedding = nn.Parameter(torch.zeros(D)) if self.takes_prompts else None
@@ -389,8 +405,10 @@ class Transformer(nn.Module):
         E = self.embedding
         if not E.requires_grad and self.cached_factor[0] == E._version:
             return self.cached_factor[1]
+        # differentiating one of the two factors and doubling saves a matrix product; the gradient
+        # of the Cholesky factor is symmetric
         gram = E.T @ E.detach()
-        gram = 2 * gram - gram.detach()  # the gradient of E^T E is symmetric: half of it, twice
+        gram = 2 * gram - gram.detach()
         factor, failed = torch.linalg.cholesky_ex(gram)  # unlike cholesky, does not synchronise
         factor = factor.where(failed == 0, math.nan)
         if not E.requires_grad:
@@ -435,9 +453,9 @@ class Transformer(nn.Module):
             bias = F.pad(bias, [0, -self.V % 64])
         if not cap:
             return F.linear(x, weight, bias)[..., : self.V].float()
-        # cap tanh(z / cap), written as a sigmoid, which is four times as fast on a CPU
-        half = F.linear(2 / cap * x, weight, 2 / cap * bias)[..., : self.V].float()
-        return 2 * cap * half.sigmoid_() - cap
+        # cap tanh(z / cap) = 2 cap sigmoid(2 z / cap) - cap; four times as fast on a CPU
+        twice = F.linear(2 / cap * x, weight, 2 / cap * bias)[..., : self.V].float()
+        return 2 * cap * twice.sigmoid_() - cap
 
 # --------------------------------------------------------------------------------- 6. Settings
 
@@ -447,7 +465,7 @@ def setting(default, help="", choices=None):
 
 @dataclass
 class Config:
-    """All settings. The defaults are the paper's; PRESETS replace them for small corpora."""
+    """All settings. The defaults are the paper's for lm1b; PRESETS adapt them to other corpora."""
 
     # data
     dataset: str = setting("sentences", "sentences, words, sotu, lm1b, owt or a text file")
@@ -473,7 +491,7 @@ class Config:
     optimizer: str = setting("adamw", "muon: for the blocks; AdamW for the rest", ("adamw", "muon"))
     lr: float = setting(3e-4, "learning rate")
     warmup: int = setting(2500, "steps in which the learning rate rises")
-    decay: float = setting(0.0, "last share of the steps in which it falls to 0")
+    decay: float = setting(0.0, "last share of the steps, in which it falls to 0")
     beta2: float = setting(0.999)  # of AdamW
     clip: float = setting(1.0)  # largest gradient norm
     ema: float = setting(0.9999, "decay of the averaged weights")
@@ -487,7 +505,7 @@ class Config:
     threads: int = setting(0, "CPU threads per process; 0: PyTorch's default")
     bf16: bool | None = setting(None, "bfloat16 matrix products (default: on CUDA only)")
     compile: bool = setting(True, "torch.compile, on CUDA only")
-    resume: bool = setting(False, "continue the run in the folder")
+    resume: bool = setting(False, "continue the run in the folder, with its settings")
     overwrite: bool = setting(False, "replace the run in the folder")
     # sampling
     sample: bool = setting(False, "write texts to stdout instead of training")
@@ -496,7 +514,7 @@ class Config:
     sampler: str = setting("euler", "how a flow is sampled", ("euler", "ancestral"))
     temperature: float = setting(1.0, "of the ancestral sampler")
     prompt: str = setting("", "beginning of the texts")
-    infill: str = setting("", "text with gaps: c_t, or of word pieces: the [MASK:2] of")
+    infill: str = setting("", "text with gaps: _ for a character, [MASK:2] for two word pieces")
 
     def saved(self):
         """The settings that decide the weights: data, model and training."""
@@ -531,9 +549,10 @@ def check(config):
         choices = f.metadata["choices"]
         if choices and value not in choices:
             raise UserError(f"{flag}: must be one of {', '.join(choices)}")
-        if not isinstance(value, f.type | int if f.type is float else f.type):
+        types = (int, float) if f.type is float else f.type
+        if not isinstance(value, types):
             raise UserError(f"{flag}: must be of type {f.type}")
-        least = 0 if f.default == 0 or f.name == "warmup" else 1
+        least = 0 if f.default == 0 or f.name == "warmup" else 1  # 0 means: off, or automatic
         if f.type is int and not least <= value < 2**62:
             raise UserError(f"{flag}: must be at least {least}")
         share = f.name in ("dropout", "condition_prob", "decay", "ema", "renoise")
@@ -580,10 +599,10 @@ def orthogonalise(G):
     tall = G.shape[1] > G.shape[2]
     X = G.mT if tall else G
     X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):
-        A = X @ X.mT
-        B = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)
-        X = torch.baddbmm(X, B, X, beta=3.4445)
+    for _ in range(5):  # X <- 3.4445 X - 4.7750 (X X^T) X + 2.0315 (X X^T)^2 X
+        gram = X @ X.mT
+        poly = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        X = torch.baddbmm(X, poly, X, beta=3.4445)
     return X.mT if tall else X
 
 def make_optimizers(model, config):
@@ -632,10 +651,10 @@ def say(text):
 
 def setup(config):
     """Sets up threads and device and, under torchrun, joins the process group."""
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX and M_TRIM_THRESHOLD: keep freed memory. Page faults
-        libc.mallopt(-1, -1)  # take half of a CPU step at V = 50257 otherwise.
+    # glibc keeps freed memory: otherwise page faults take half of a CPU step at V = 50257
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+        ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
     torch.set_flush_denormal(True)  # denormal gradients of an easy corpus are 30 times slower
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -662,29 +681,33 @@ def prepare_corpus(config):
         say(f"skipped {skipped:,} documents that are longer than --seq-len {config.seq_len}")
     return corpus
 
+NEW_RUN = "train again with --overwrite"
 ENDINGS = ".pt", ".prev.pt", ".config.json", ".log.jsonl", ".samples.txt", ".loss.png"
 
 def config_path(folder, kind):
     return Path(folder, "config.json" if kind == "flm" else f"{kind}.config.json")
 
+locks = []  # holds the lock of the run folder until training ends
+
 def open_run(config, given, kind, *dependent):
     """Locks the run folder and returns the settings to train with: to resume, the saved ones.
 
-    Removes an overwritten model and those that depend on it. Raises UserError if the folder is in
-    use or contains a run, or if a flag in `given` differs from the run to resume.
+    Raises UserError if the folder is in use, if it contains `kind` or a model that depends on it
+    and --overwrite is missing, or if a flag in `given` differs from the run to resume.
     """
     from filelock import FileLock
 
-    folder, stored = Path(config.run_dir), config_path(config.run_dir, kind)
+    folder = Path(config.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if rank() == 0:
-        locks.clear()  # of an earlier training in this process that has failed
+        locks.clear()  # of a training in this process that ended with an error
         locks.append(FileLock(folder / ".lock"))
         try:
             locks[0].acquire(timeout=0)
         except TimeoutError:
             raise UserError(f"{folder}: in use by another process; use another --run-dir") from None
     if config.resume:
+        stored = config_path(folder, kind)
         with readable(stored, NEW_RUN):
             saved = json.loads(stored.read_text())
             resumed = replace(config, **saved)
@@ -693,17 +716,18 @@ def open_run(config, given, kind, *dependent):
             if saved[name] != getattr(config, name):
                 raise UserError(f"{flag_of(name)}: the run has {saved[name]}; omit it to resume")
         return resumed
-    kinds = kind, *dependent
-    for name in [f"{k}.pt" for k in kinds if Path(folder, f"{k}.pt").exists()]:
-        if not config.overwrite:
+    for name in [f"{k}.pt" for k in (kind, *dependent)]:
+        if Path(folder, name).exists() and not config.overwrite:
             raise UserError(f"{folder}: contains {name}; use --resume or --overwrite")
-    if rank() == 0:
-        for name in [k + ending for k in kinds for ending in ENDINGS]:
-            Path(folder, name).unlink(missing_ok=True)
-        stored.write_text(json.dumps(config.saved(), indent=1))
     return config
 
-locks = []  # of the run folder; the system releases it when the process ends
+def begin_run(config, kind, *dependent):
+    """Saves the settings of a new run; removes an overwritten model and those that depend on it."""
+    folder = Path(config.run_dir)
+    if rank() == 0 and not config.resume:
+        for name in [k + ending for k in (kind, *dependent) for ending in ENDINGS]:
+            Path(folder, name).unlink(missing_ok=True)
+        config_path(folder, kind).write_text(json.dumps(config.saved(), indent=1))
 
 @contextlib.contextmanager
 def remember_signals():
@@ -714,6 +738,7 @@ def remember_signals():
         if received:
             os._exit(128 + number)
         received.append(number)
+
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
@@ -722,8 +747,6 @@ def remember_signals():
             signal.signal(number, handler)
 
 # ------------------------------------------------------------------------------ 9. Checkpoints
-
-NEW_RUN = "train again with --overwrite"
 
 def save_checkpoint(path, content):
     """Replaces `path`, completely or not at all; keeps the old file as .prev.pt."""
@@ -793,7 +816,7 @@ def load(path, device="cpu", bf16=None, networks=NETWORKS):
 # --------------------------------------------------------------------------------- 10. Training
 
 class Objective(nn.Module):
-    """The loss as a module, so that DistributedDataParallel covers all of it."""
+    """The loss as a module: DistributedDataParallel needs all uses of the weights in forward()."""
 
     def __init__(self, model, loss):
         super().__init__()
@@ -804,12 +827,15 @@ class Objective(nn.Module):
 
 @torch.no_grad()
 def estimate_loss(model, loss, corpus, n):
-    """Held-out loss by tenth of tau: each of n rows is evaluated once in every tenth."""
+    """Held-out loss by tenth of tau: each of n texts is evaluated once in every tenth.
+
+    Row i of 10 n has tau in [i, i+1] / (10 n), see Rows.times: its tenth is i // n, its text i % n.
+    """
     n = min(n, corpus.rows("heldout"))
     batch = batch_rows(model)
     sums = torch.zeros(10, device=model.device)
     for i in range(rank() * batch, 10 * n, world() * batch):
-        rows = Rows(0, -2, range(i, min(i + batch, 10 * n)), 10 * n)
+        rows = Rows(0, EVALUATION, range(i, min(i + batch, 10 * n)), 10 * n)
         tokens = corpus.batch("heldout", [row % n for row in rows.index]).to(model.device)
         tenth = torch.tensor([row // n for row in rows.index], device=model.device)
         sums.index_add_(0, tenth, loss(model, tokens, rows)[0])
@@ -854,8 +880,9 @@ def train(model, loss, corpus, config, kind, sample):
     """
     from tqdm import tqdm
 
-    # the averaged weights (EMA) are evaluated, and used by all other programs
     path, device = Path(config.run_dir, f"{kind}.pt"), model.device
+
+    # the averaged weights (EMA) are evaluated, and used by all other programs
     average = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = make_optimizers(model, config)
     first, log = 0, []
@@ -865,11 +892,10 @@ def train(model, loss, corpus, config, kind, sample):
     if rank() == 0:
         corpus.tokenizer.save(path.with_name("tokenizer.json"))
 
-    # under torchrun, DistributedDataParallel averages the gradients
     if config.compile and device.type == "cuda":
         model.compile()
     objective = Objective(model.train(), loss)
-    if world() > 1:
+    if world() > 1:  # averages the gradients of all processes
         objective = nn.parallel.DistributedDataParallel(objective)
 
     # this process trains on `local` rows of each batch, `micro` rows at a time
@@ -910,7 +936,8 @@ def train(model, loss, corpus, config, kind, sample):
 
             # stop on all processes in the same step
             done = step + 1
-            stop = int(all_reduce(torch.tensor(sum(signals[:1])), dist.ReduceOp.MAX))
+            received = torch.tensor(signals[0] if signals else 0)
+            stop = int(all_reduce(received, dist.ReduceOp.MAX))
             save = done % config.eval_every == 0 or done == config.max_steps or stop
 
             # log; reading the loss is what waits for the device
@@ -972,20 +999,29 @@ def parse_known(model, prompt, infill):
     A gap is `_` for one character, or [MASK] or [MASK:n] for one or n word pieces. Raises
     UserError for a text that does not fit.
     """
+    if prompt and infill:
+        raise UserError("--prompt and --infill: use one of them")
+    flag, text = ("--infill", infill) if infill else ("--prompt", prompt)
+    text = text.encode(errors="ignore").decode()  # without bytes that are not UTF-8
     tokenizer, L, padded = model.tokenizer, model.config.seq_len, not model.config.packing
-    flag = f"--infill {infill}" if infill else f"--prompt {prompt}"
-    gap = "(_)" if tokenizer.kind == "chars" else r" ?(\[MASK(?::\d{1,4})?\])"
     ids = [] if padded or tokenizer.begin is None else [tokenizer.begin]
-    room = L - (padded or len(ids))  # the last position is an end token
-    for i, piece in enumerate(re.split(gap, infill) if infill else [prompt]):
-        if i % 2:  # a gap
+    most = L - 1 if padded else L - len(ids)  # the last position is an end token
+    if prompt:
+        most -= 1  # at least one token is unknown
+
+    # every second piece is a gap
+    gap = "(_)" if tokenizer.kind == "chars" else r" ?(\[MASK(?::\d{1,4})?\])"
+    for i, piece in enumerate(re.split(gap, text) if infill else [text]):
+        if i % 2:
             ids += [-1] * int(re.sub(r"\D", "", piece) or 1)
         else:
-            ids += tokenizer.encode([piece.encode(errors="ignore").decode()])[0]
+            ids += tokenizer.encode([piece])[0]
     if infill and -1 not in ids:
-        raise UserError(f"{flag}: has no gap; write _ or [MASK:n] for unknown tokens")
-    if len(ids) > room - bool(prompt):
-        raise UserError(f"{flag}: has {len(ids)} tokens; texts of this model have at most {room}")
+        raise UserError(f"{flag} {text}: has no gap; write _ or [MASK:n] for unknown tokens")
+    if len(ids) > most:
+        raise UserError(f"{flag} {text}: has {len(ids)} tokens, but at most {most} fit")
+
+    # the length of an infilled text is known: the rest of a padded row is end tokens
     known = torch.full((L,), tokenizer.end if infill and padded else -1)
     known[: len(ids)] = torch.tensor(ids)
     return known, len(ids) if infill else L
@@ -997,7 +1033,8 @@ def write_samples(config, kind, sample, networks=NETWORKS):
     if config.prompt or config.infill:
         known, shown = parse_known(model, config.prompt, config.infill)
     tokens = sample(model, config.num_samples, config.sample_steps, config.seed, known=known)
-    print("\n".join(to_lines(model, tokens[:, :shown])))
+    if rank() == 0:
+        print("\n".join(to_lines(model, tokens[:, :shown])))
 
 def show(title, model, tokens):
     if rank() == 0:
@@ -1034,7 +1071,8 @@ def run_command(main):
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        status, message = 2, f"out of memory ({first_line(error)}); use a smaller --batch-size"
+        status = 2
+        message = f"out of memory ({first_line(error)}); use a smaller --micro-batch-size"
     except KeyboardInterrupt:
         status, message = 130, "interrupted"
     except SystemExit as error:  # of --help or an interrupted training
@@ -1042,7 +1080,7 @@ def run_command(main):
     if message and os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{Path(sys.argv[0]).name}:", " ".join(message.split()), file=sys.stderr)
     if dist.is_initialized():
-        if status != 2:
+        if status != 2:  # after an error, the others may never arrive
             dist.barrier()
         sys.stderr.flush()
         os._exit(status)  # the threads of gloo may outlive the interpreter
@@ -1060,6 +1098,7 @@ def main(argv):
     device = setup(config)
     config = open_run(config, given.keys(), "flm", "fmlm")
     corpus = prepare_corpus(config)
+    begin_run(config, "flm", "fmlm")
     model = build(config, corpus.tokenizer, device, config.bf16)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     say(f"{size:.1f}M parameters, bf16 = {model.bf16}, {world()} x {device.type}")

@@ -582,8 +582,8 @@ def test_prompts_and_gaps_are_parsed(folder):
     assert known.tolist() == [1, 2] + [-1] * 10 and shown == 12
     known, shown = flm.parse_known(model, "", "a_c")
     assert known.tolist() == [1, -1, 3] + [0] * 9 and shown == 3
-    for prompt, infill, message in (("abc" * 4, "", "at most 11"), ("ad", "", "'d' is not in"),
-                                    ("", "abc", "no gap"), ("a" * 11, "", "at most 11")):
+    for prompt, infill, message in (("abc" * 4, "", "at most 10 fit"), ("ad", "", "'d' is not in"),
+                                    ("", "abc", "no gap"), ("a" * 11, "", "at most 10 fit")):
         with pytest.raises(UserError, match=message):
             flm.parse_known(model, prompt, infill)
     Path("t.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 40)

@@ -236,13 +236,13 @@ def likelihood_bound(model, tokens, rows, last=0.999):
 
 LOSSES = dict(flm=likelihood_bound, **baselines.LOSSES)
 
-def likelihood(model, text):
-    """-log p of the held-out rows, padding included, in nats per token before the padding.
+def likelihood(model, text, n):
+    """-log p of n held-out rows, padding included, in nats per token before the padding.
 
     Exact for ar, an upper bound for flm and mdlm. Each row is evaluated at ten random times.
     """
-    by_tau = flm.estimate_loss(model, LOSSES[model.kind], text.corpus, len(text.rows))
-    return mean(by_tau) * text.corpus.seq_len / mean(map(len, text.heldout))
+    by_tau = flm.estimate_loss(model, LOSSES[model.kind], text.corpus, n)
+    return mean(by_tau) * text.corpus.seq_len / mean(map(len, text.heldout[:n]))
 
 def hide(text, rows, share, seed):
     """Rows (n, L) with -1 at a random share of their tokens.
@@ -376,8 +376,11 @@ def main(argv):
     models, text = load_run(folder, args.judge, device)
     judge, title = make_judge(args.judge, models, text, device)
 
-    nats = [dict(model=kind, nats=likelihood(models[kind], text)) for kind in LOSSES
-            if kind in models]
+    nats = []
+    for kind in LOSSES:
+        if kind in models:
+            value = likelihood(models[kind], text, args.num_samples)
+            nats.append(dict(model=kind, nats=value))
     print_table("nats per held-out token (flm and mdlm: upper bounds)", nats)
 
     heldout = dict(model="held-out text", steps=None, temperature=None)

@@ -155,7 +155,8 @@ def test_command_lines(argv, command):
 @pytest.mark.parametrize("program", [flm, distill])
 @pytest.mark.parametrize("argv", [
     ["--help"], ["a\nb"], ["--lr"], ["--wdth", "3"], ["--"], ["--run-dir", "a.txt"],
-    ["--run-dir", "a.txt/r"], ["--prompt", "a\nb" * 20, *SAMPLE]])
+    ["--run-dir", "a.txt/r"], ["--prompt", "a\nb" * 20, *SAMPLE],
+    [*FLOW, "--overwrite", "--width", str(2**61)]])
 def test_command_lines_by_hand(program, argv):
     assert bool(attempt(program, argv)) == (argv != ["--help"])
 
@@ -175,6 +176,7 @@ def edited(content, place, value):
 @settings(max_examples=120)
 @given(st.sampled_from([(flm, "config.json"), (distill, "fmlm.config.json")]),
        st.integers(0, 40), values)
+@example((flm, "config.json"), 11, True)
 def test_config_files(file, place, value):
     program, name = file
     content = edited(Path("good", name).read_bytes(), place, value)
