@@ -364,6 +364,8 @@ def make_tokenizer(kind, source, vocab_size):
         with downloading(f"--tokenizer {kind}", "connect once"):
             model = urllib.request.urlopen(BERT_URL).read().decode()
             return Tokenizer({"kind": kind, "model": model})
+    if vocab_size < 257:
+        raise UserError(f"--vocab-size {vocab_size}: must be at least 257, for all bytes")
     codec = Codec(models.BPE())
     codec.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     codec.decoder = decoders.ByteLevel()

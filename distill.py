@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 import flm
-from data import UserError
+from data import UserError, readable
 
 # ---------------------------------------------------------------------------------- 1. The map
 
@@ -184,7 +184,8 @@ def main(argv):
     model = flm.build(config, flow.tokenizer, flow.device, config.bf16, flm.FlowMap)
     teacher = flow if config.teacher == "flow" else None
     if teacher:
-        model.load_state_dict(flow.state_dict(), strict=False)  # all but the second time
+        with readable(flm.config_path(config.run_dir, "fmlm"), flm.NEW_RUN):
+            model.load_state_dict(flow.state_dict(), strict=False)  # all but the second time
         model.embedding.requires_grad_(False)  # teacher and map have the same states
         if config.compile and flow.device.type == "cuda":
             teacher.compile()

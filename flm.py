@@ -164,7 +164,7 @@ def draw_known(model, tokens, rows):
 def flow_loss(model, tokens, rows):
     """[FLM] The whole training loss: predict the clean tokens at a random time.
 
-    tokens (B, L) -> cross-entropy (B,) in nats per unknown position, tau (B,).
+    tokens (B, L) -> cross-entropy (B,) in nats per unknown position, tau (B,) for plots.
     """
     tau = rows.times(tokens.device)
     known = draw_known(model, tokens, rows)
@@ -199,23 +199,26 @@ def euler(denoiser, state, clock, steps, clean=lambda probs: probs):
         probs = denoiser(state, tau.expand(len(state)), tau_next.expand(len(state)))
         yield tau, state, probs
         t, t_next = clock.t(tau), clock.t(tau_next)
+        # the flow: dx/dt = E[x1 - x0 | x_t] = (E[x1 | x_t] - x_t) / (1 - t). The mean of a one-hot
+        # x1 is its probabilities, which cross-entropy learns.
         velocity = (clean(probs) - state) / (1 - t)
         state = state + (t_next - t) * velocity
 
 def ancestral(denoiser, state, clock, steps, clean, noise, uniform):
-    """Ancestral sampler: draws tokens, then the next state given them (DDIM, Song et al. 2021).
+    """Ancestral sampler: draws tokens, then the next state given them (as DDIM with eta = 1).
 
     Yields (tau, state, tokens (B, L)); the last tokens are the text. noise(i) is a state at t = 0
     and uniform(i) are (B, L) uniform numbers, fresh in each step i. The last step draws its tokens
-    too: for one position and the exact denoiser, the law is then exact at any number of steps.
+    too: the texts of one position and the exact denoiser then have the exact distribution.
     """
     taus = torch.linspace(0, 1, steps + 1, device=state.device)
     for i, (tau, tau_next) in enumerate(zip(taus, taus[1:])):
         probs = denoiser(state, tau.expand(len(state)), tau_next.expand(len(state)))
         tokens = draw_tokens(probs, uniform(i))
         yield tau, state, tokens
-        # the law of the next state, at time s > t, given x_t and the tokens x1: a Gaussian with
-        # mean a x_t + b x1 and variance v (Bayes' rule for two times of one diffusion)
+        # a process with the same law of x_t given x1 at each time, in which x_t is x_s, for s > t,
+        # with more noise: x_t = (t/s) x_s + N(0, (1-t)^2 - (t/s)^2 (1-s)^2). By Bayes' rule, x_s
+        # given x_t and x1 is Gaussian with mean a x_t + b x1 and variance v.
         t, s = clock.t(tau), clock.t(tau_next)
         a = t * (1 - s) ** 2 / (s * (1 - t) ** 2)
         b = (s - t) * (s + t - 2 * s * t) / (s * (1 - t) ** 2)
@@ -232,7 +235,7 @@ def sample(model, n, steps, seed, sampler="euler", temperature=1.0, known=None):
     """[FLM] Writes n texts, all positions at once, in `steps` network evaluations: tokens (n, L).
 
     Text i depends on the settings, the seed and i only. known: token ids (L,) or (n, L), -1 where
-    unknown. Raises UserError if "euler" has a temperature: it needs the mean of the clean tokens.
+    unknown. Raises UserError if "euler" has a temperature: it needs the untempered mean.
     """
     if sampler == "euler" and temperature != 1:
         raise UserError(f"--temperature {temperature}: needs --sampler ancestral")
@@ -347,12 +350,13 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """[FLM] The denoiser, with its state space: how noise and tokens become network inputs.
 
-    The network reads x_t only through h = x_t E, where E (V, D) is its input embedding. Sampler
-    steps are linear in x_t, so they act on h directly, and noise can be drawn in D dimensions:
-    eps E ~ N(0, E^T E). Only the logits have V columns.
+    The network reads x_t only through x_t E, where E (V, D) is its input embedding. A sampler step
+    is a linear combination of x_t, tokens or probabilities, and noise. So it can be taken on their
+    products with E, and noise can be drawn in D dimensions: x0 E ~ N(0, E^T E). Only the logits
+    have V columns.
 
-    A flow map has a second time embedding (two_times). Attributes: embedding (V, D), clock,
-    config, and tokenizer, which build and load set.
+    A flow map has a second time embedding (two_times). Attributes: embedding (V, D), clock, config
+    and tokenizer (set by build() and load()).
     """
 
     def __init__(self, config, V, two_times=False):
@@ -394,7 +398,7 @@ class Transformer(nn.Module):
     def noise(self, rows, *purpose):
         """[FLM] The state x0 E at t = 0, (B, L, D), of these rows.
 
-        V <= D: eps E with eps ~ N(0, I_V). V > D: z chol(E^T E)^T, which has the same law.
+        V <= D: x0 E with x0 ~ N(0, I_V). V > D: z chol(E^T E)^T, z ~ N(0, I_D): the same law.
         """
         shape = self.config.seq_len, min(self.V, self.config.width)
         white = rows.normal(shape, self.device, *purpose)
@@ -403,10 +407,10 @@ class Transformer(nn.Module):
     def factor(self):
         """chol(E^T E), (D, D), with its gradient; NaN, which stops a run, if E is singular."""
         E = self.embedding
-        if not E.requires_grad and self.cached_factor[0] == E._version:
+        if not E.requires_grad and self.cached_factor[0] == E._version:  # counts changes of E
             return self.cached_factor[1]
-        # differentiating one of the two factors and doubling saves a matrix product; the gradient
-        # of the Cholesky factor is symmetric
+        # the value is E^T E. With G the gradient of it, that of E is E (G + G^T) = 2 E G, as G from
+        # cholesky is symmetric: differentiating the left E only, and doubling, saves a product
         gram = E.T @ E.detach()
         gram = 2 * gram - gram.detach()
         factor, failed = torch.linalg.cholesky_ex(gram)  # unlike cholesky, does not synchronise
@@ -424,8 +428,9 @@ class Transformer(nn.Module):
     def forward(self, state, tau_s, tau_t=None, known=None):
         """Logits (B, L, V), float32, of the clean tokens.
 
-        state (B, L, D) at time tau_s (B,). With tau_t (B,): the flow map's mean denoiser from
-        tau_s to tau_t. known (B, L): given tokens, -1 where unknown; their state is not read.
+        state (B, L, D) at time tau_s (B,). With tau_t (B,), for a flow map: of the probs with which
+        one Euler step from tau_s reaches the exact state at tau_t. known (B, L): given tokens, -1
+        where unknown; their state is not read.
         """
         L = state.shape[1]
         cond = self.time_s(tau_s)
@@ -544,20 +549,20 @@ PRESETS = {
 def check(config):
     """Raises UserError for a setting that is out of range or does not fit the others."""
     for f in fields(config):
-        value = getattr(config, f.name)
+        value, choices = getattr(config, f.name), f.metadata["choices"]
         flag = f"{flag_of(f.name)} {value}"
-        choices = f.metadata["choices"]
         if choices and value not in choices:
             raise UserError(f"{flag}: must be one of {', '.join(choices)}")
         types = (int, float) if f.type is float else f.type
-        if not isinstance(value, types):
+        if not isinstance(value, types) or isinstance(value, bool) and f.type in (int, float):
             raise UserError(f"{flag}: must be of type {f.type}")
-        least = 0 if f.default == 0 or f.name == "warmup" else 1  # 0 means: off, or automatic
-        if f.type is int and not least <= value < 2**62:
-            raise UserError(f"{flag}: must be at least {least}")
-        share = f.name in ("dropout", "condition_prob", "decay", "ema", "renoise")
-        if f.type is float and not 0 <= value <= (1 if share else 1000):
-            raise UserError(f"{flag}: must be from 0 to {1 if share else 1000}")
+        least, most = 0, 1000
+        if f.type is int:  # 0 means: off, or automatic
+            least, most = 0 if f.default == 0 or f.name == "warmup" else 1, 2**31
+        elif f.name in ("dropout", "condition_prob", "decay", "ema", "renoise"):
+            most = 1
+        if f.type in (int, float) and not least <= value <= most:
+            raise UserError(f"{flag}: must be from {least} to {most}")
     B, micro = config.batch_size, config.micro_batch_size
     if config.width % (2 * config.heads):
         raise UserError(f"--width {config.width}: must be a multiple of 2 * --heads")
@@ -651,7 +656,7 @@ def say(text):
 
 def setup(config):
     """Sets up threads and device and, under torchrun, joins the process group."""
-    # glibc keeps freed memory: otherwise page faults take half of a CPU step at V = 50257
+    # make glibc keep freed memory: otherwise page faults take half of a CPU step at V = 50257
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
@@ -722,7 +727,10 @@ def open_run(config, given, kind, *dependent):
     return config
 
 def begin_run(config, kind, *dependent):
-    """Saves the settings of a new run; removes an overwritten model and those that depend on it."""
+    """Saves the settings of a new run; removes an overwritten model and those that depend on it.
+
+    It is called once the corpus is ready, so that a mistake in the settings removes nothing.
+    """
     folder = Path(config.run_dir)
     if rank() == 0 and not config.resume:
         for name in [k + ending for k in (kind, *dependent) for ending in ENDINGS]:
@@ -785,9 +793,9 @@ def build(config, tokenizer, device, bf16=None, network=None):
     """
     torch.manual_seed(config.seed)
     model = (network or Transformer)(config, tokenizer.vocab_size)
-    model.tokenizer, model.bf16 = tokenizer, bf16
-    if bf16 is None:
-        model.bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+    model.tokenizer, model.bf16 = tokenizer, bool(bf16)
+    if bf16 is None and device.type == "cuda":
+        model.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return model.to(device)
 
 FlowMap = partial(Transformer, two_times=True)
@@ -862,8 +870,8 @@ def write_log(path, log):
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, style in (("loss", "-"), ("heldout", "o--")):
-        points = [(entry["step"], entry[name]) for entry in log if name in entry]
-        left.plot(*zip(*points), style, label=name)
+        entries = [entry for entry in log if name in entry]
+        left.plot([e["step"] for e in entries], [e[name] for e in entries], style, label=name)
     left.set(xlabel="step", ylabel="loss (nats per token)")
     left.legend()
     for entry in evaluations[-1:]:
@@ -918,7 +926,8 @@ def train(model, loss, corpus, config, kind, sample):
             total = torch.zeros((), device=device)
             for i in range(begin, begin + local, micro):
                 rows = Rows(config.seed, step, range(i, i + micro), B)
-                tokens = corpus.batch("train", [step * B + row for row in rows.index], config.seed)
+                numbers = [step * B + row for row in rows.index]  # batch() wraps around, shuffled
+                tokens = corpus.batch("train", numbers, config.seed)
                 more = world() > 1 and i + micro < begin + local
                 with objective.no_sync() if more else contextlib.nullcontext():
                     nats, _ = objective(send(tokens, device), rows)
@@ -956,7 +965,7 @@ def train(model, loss, corpus, config, kind, sample):
                 log.append(dict(step=done) | evaluate(average, loss, corpus, config, sample))
             if save and rank() == 0:
                 save_checkpoint(path, dict(
-                    kind=kind, step=done, config=Config.saved(config), log=log,
+                    kind=kind, step=done, log=log, config=Config.saved(config),  # not a subclass's
                     source=corpus.meta["source"], tokenizer=corpus.tokenizer.checksum,
                     model=model.state_dict(), average=average.state_dict(),
                     optimizers=[optimizer.state_dict() for optimizer in optimizers]))
@@ -1005,7 +1014,7 @@ def parse_known(model, prompt, infill):
     text = text.encode(errors="ignore").decode()  # without bytes that are not UTF-8
     tokenizer, L, padded = model.tokenizer, model.config.seq_len, not model.config.packing
     ids = [] if padded or tokenizer.begin is None else [tokenizer.begin]
-    most = L - 1 if padded else L - len(ids)  # the last position is an end token
+    most = L - 1 if padded or ids else L  # these rows end with an end token
     if prompt:
         most -= 1  # at least one token is unknown
 
@@ -1069,7 +1078,7 @@ def run_command(main):
     except (UserError, OSError) as error:
         status, message = 2, str(error)
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("memory|overflow", str(error)):
             raise
         status = 2
         message = f"out of memory ({first_line(error)}); use a smaller --micro-batch-size"

@@ -445,7 +445,7 @@ def test_few_steps_of_the_exact_map_keep_the_law(renoise):
     steps = distill.few_steps(distill.mean_denoiser(model), noise(), model.clock, 4, model.clean,
                               noise, renoise)
     with torch.no_grad():
-        for tau, state, probs in steps:
+        for tau, state, probs in steps:  # noqa: B007
             y = model.difference(state).flatten().sort()[0]
             uniform = (torch.arange(n) + 0.5) / n
             distance = (model.law(y, model.clock.t(tau).double()) - uniform).abs().max()
@@ -771,7 +771,7 @@ def test_invalid_inputs_are_one_line_and_change_nothing(folder):
         (flm, "--run-dir r --resume --width 32", "--width: the run has 16"),
         (flm, "--run-dir s --resume", "s/config.json"),
         (flm, "--lr nan", "--lr nan: must be from 0 to 1000"),
-        (flm, "--batch-size 0", "must be at least 1"),
+        (flm, "--batch-size 0", "must be from 1 to"),
         (flm, "--wdth 3", "unrecognized arguments"),
         (flm, "--width 16 --heads 3", "multiple of 2 \\* --heads"),
         (flm, "--sample --run-dir r --temperature .5", "needs --sampler ancestral"),

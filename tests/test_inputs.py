@@ -53,6 +53,10 @@ def run_folder(tmp_path_factory):
         patch.setattr(flm, "train", lambda model, *rest: model.eval())
         yield
 
+@pytest.fixture(autouse=True)
+def restored(run_folder):
+    shutil.copytree("good", "r", dirs_exist_ok=True)
+
 @pytest.fixture(scope="module")
 def tokenizers():
     corpora = [data.prepare("a.txt", kind, 16, False, 280) for kind in ("chars", "bpe")]
@@ -156,7 +160,7 @@ def test_command_lines(argv, command):
 @pytest.mark.parametrize("argv", [
     ["--help"], ["a\nb"], ["--lr"], ["--wdth", "3"], ["--"], ["--run-dir", "a.txt"],
     ["--run-dir", "a.txt/r"], ["--prompt", "a\nb" * 20, *SAMPLE],
-    [*FLOW, "--overwrite", "--width", str(2**61)]])
+    [*FLOW, "--overwrite", "--width", str(2**61)], [*FLOW, "--threads", str(10**13)]])
 def test_command_lines_by_hand(program, argv):
     assert bool(attempt(program, argv)) == (argv != ["--help"])
 
