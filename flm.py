@@ -164,7 +164,8 @@ def draw_known(model, tokens, rows):
 def flow_loss(model, tokens, rows):
     """[FLM] The whole training loss: predict the clean tokens at a random time.
 
-    tokens (B, L) -> cross-entropy (B,) in nats per unknown position, tau (B,) for plots.
+    tokens (B, L) -> cross-entropy (B,) in nats per unknown position, tau (B,) for plots. End tokens
+    that pad a row are predicted and counted like all others.
     """
     tau = rows.times(tokens.device)
     known = draw_known(model, tokens, rows)
@@ -191,8 +192,8 @@ def euler(denoiser, state, clock, steps, clean=lambda probs: probs):
     """[FLM] Euler sampler on a uniform grid of tau. Yields (tau, state, probs) of each step.
 
     denoiser(state, tau (B,), tau_next (B,)) -> probs (B, L, V): E[x1 | x_t] for a flow, which
-    ignores tau_next. clean(probs) is the state at t = 1; by default, states are in R^V. The argmax
-    of the last probs is the text.
+    ignores tau_next. clean(probs) is the state at t = 1; the default is for states x_t in R^V. The
+    argmax of the last probs is the text.
     """
     taus = torch.linspace(0, 1, steps + 1, device=state.device)
     for tau, tau_next in zip(taus, taus[1:]):
@@ -209,17 +210,19 @@ def ancestral(denoiser, state, clock, steps, clean, noise, uniform):
 
     Yields (tau, state, tokens (B, L)); the last tokens are the text. noise(i) is a state at t = 0
     and uniform(i) are (B, L) uniform numbers, fresh in each step i. The last step draws its tokens
-    too: the texts of one position and the exact denoiser then have the exact distribution.
+    too, instead of taking the argmax. For L = 1 and the exact denoiser, the texts then have exactly
+    the distribution of the data at any number of steps. For L > 1, positions are drawn
+    independently in each step, which is an error that vanishes with many steps.
     """
     taus = torch.linspace(0, 1, steps + 1, device=state.device)
     for i, (tau, tau_next) in enumerate(zip(taus, taus[1:])):
         probs = denoiser(state, tau.expand(len(state)), tau_next.expand(len(state)))
         tokens = draw_tokens(probs, uniform(i))
         yield tau, state, tokens
-        # a process with the same law of x_t given x1 at each time, in which x_t is x_s, for s > t,
-        # with more noise: x_t = (t/s) x_s + N(0, (1-t)^2 - (t/s)^2 (1-s)^2). By Bayes' rule, x_s
-        # given x_t and x1 is Gaussian with mean a x_t + b x1 and variance v.
-        t, s = clock.t(tau), clock.t(tau_next)
+        t, s = clock.t(tau), clock.t(tau_next)  # s > t: the later, cleaner time
+        # A process with the law of x_t given x1 at each time, in which x_t is a noisier x_s:
+        # x_t = (t/s) x_s + N(0, (1-t)^2 - (t/s)^2 (1-s)^2). By Bayes' rule, x_s given x_t and x1 is
+        # Gaussian, with mean a x_t + b x1 and variance v.
         a = t * (1 - s) ** 2 / (s * (1 - t) ** 2)
         b = (s - t) * (s + t - 2 * s * t) / (s * (1 - t) ** 2)
         v = (1 - s) ** 2 / s * b
@@ -428,9 +431,9 @@ class Transformer(nn.Module):
     def forward(self, state, tau_s, tau_t=None, known=None):
         """Logits (B, L, V), float32, of the clean tokens.
 
-        state (B, L, D) at time tau_s (B,). With tau_t (B,), for a flow map: of the probs with which
-        one Euler step from tau_s reaches the exact state at tau_t. known (B, L): given tokens, -1
-        where unknown; their state is not read.
+        state (B, L, D) at time tau_s (B,). With tau_t (B,), for a flow map: the logits of the probs
+        with which one Euler step from tau_s reaches the exact state at tau_t. known (B, L): given
+        tokens, -1 where unknown; their state is not read.
         """
         L = state.shape[1]
         cond = self.time_s(tau_s)
@@ -478,7 +481,7 @@ class Config:
     tokenizer: str = setting("bert-base-uncased", "how text becomes tokens", data.TOKENIZERS)
     vocab_size: int = setting(4096, "largest bpe vocabulary (V)")
     seq_len: int = setting(128, "tokens in a row (L)")
-    packing: bool = setting(True, "join documents and cut rows; otherwise pad each document")
+    packing: bool = setting(True, "join documents and cut rows; otherwise pad with end tokens")
     # model
     depth: int = setting(12, "number of blocks")
     width: int = setting(768, "width of the network (D)")
@@ -561,6 +564,8 @@ def check(config):
             least, most = 0 if f.default == 0 or f.name == "warmup" else 1, 2**31
         elif f.name in ("dropout", "condition_prob", "decay", "ema", "renoise"):
             most = 1
+        elif f.name == "temperature":
+            least = 0.01
         if f.type in (int, float) and not least <= value <= most:
             raise UserError(f"{flag}: must be from {least} to {most}")
     B, micro = config.batch_size, config.micro_batch_size
