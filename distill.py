@@ -47,6 +47,8 @@ def few_steps(delta, state, clock, steps, clean, noise, renoise=0.0):
         later = t_next / (t_next + (1 - t_next) * (1 - renoise**2) ** 0.5)
         probs = delta(state, tau.expand(len(state)), clock.tau(later).expand(len(state)))
         yield tau, state, probs
+        if i + 1 == steps:
+            return  # the state at t = 1 is clean(probs)
         state = state + (later - t) / (1 - t) * (clean(probs) - state)
         if renoise:
             state = t_next / later * state + renoise * (1 - t_next) * noise(i)

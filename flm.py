@@ -196,9 +196,11 @@ def euler(denoiser, state, clock, steps, clean=lambda probs: probs):
     argmax of the last probs is the text.
     """
     taus = torch.linspace(0, 1, steps + 1, device=state.device)
-    for tau, tau_next in zip(taus, taus[1:]):
+    for i, (tau, tau_next) in enumerate(zip(taus, taus[1:])):
         probs = denoiser(state, tau.expand(len(state)), tau_next.expand(len(state)))
         yield tau, state, probs
+        if i + 1 == steps:
+            return  # the state at t = 1 is clean(probs)
         t, t_next = clock.t(tau), clock.t(tau_next)
         # the flow: dx/dt = E[x1 - x0 | x_t] = (E[x1 | x_t] - x_t) / (1 - t). The mean of a one-hot
         # x1 is its probabilities, which cross-entropy learns.
