@@ -201,7 +201,7 @@ def download(path):
     """Downloads lm1b to `path` if it is not there."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        print("downloading lm1b (1.8 GB); tokenising it takes about 20 minutes", file=sys.stderr)
+        print("downloading lm1b (1.8 GB), then tokenising it; this takes long", file=sys.stderr)
         with downloading("--dataset lm1b", "check the network, or pass a copy as --data-dir"):
             torch.hub.download_url_to_file(LM1B_URL, path, hash_prefix=LM1B_SHA256)
     return path
@@ -223,7 +223,7 @@ def owt(data_dir):
 def download_owt():
     import huggingface_hub
 
-    print("downloading owt (24 GB); tokenising it takes about 3 hours", file=sys.stderr)
+    print("downloading owt (24 GB), then tokenising it; this takes long", file=sys.stderr)
     with downloading("--dataset owt", "check the network, or pass a copy as --data-dir"):
         folder = huggingface_hub.snapshot_download(
             OWT_REPOSITORY, repo_type="dataset", allow_patterns="*.parquet")

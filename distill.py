@@ -130,8 +130,8 @@ def map_loss(teacher, objective=semigroup, latest=1.0):
 def frozen_denoiser(model, known, part):
     """denoiser(state, tau) -> D_t, (B, L, V), for the rows `part` of a batch with prompts."""
     known = known if known is None else known[part]
-    second = (lambda tau: tau) if model.time_t is not None else (lambda tau: None)
-    return lambda state, tau: model(state, tau, second(tau), known).softmax(-1)
+    two_times = model.time_t is not None  # D_t of a flow map is delta_{t,t}
+    return lambda state, tau: model(state, tau, tau if two_times else None, known).softmax(-1)
 
 # ----------------------------------------------------------------------------- 3. Command line
 
@@ -195,9 +195,9 @@ def main(argv):
     model = flm.train(model, map_loss(teacher), corpus, config, "fmlm",
                       lambda model, n, steps, seed: one_step(model, n, seed=seed))
     if teacher:
-        flm.show("64 steps of the flow", flow, flm.sample(flow, 8, 64, config.seed))
+        flm.show("flow, steps: 64", flow, flm.sample(flow, 8, 64, config.seed))
     for steps in (1, 2, 4):
-        flm.show(f"{steps} steps of the map", model, sample(model, 8, steps, config.seed))
+        flm.show(f"map, steps: {steps}", model, sample(model, 8, steps, config.seed))
 
 if __name__ == "__main__":
     flm.run_command(main)

@@ -164,7 +164,7 @@ def draw_known(model, tokens, rows):
 def flow_loss(model, tokens, rows):
     """[FLM] The whole training loss: predict the clean tokens at a random time.
 
-    tokens (B, L) -> cross-entropy (B,) in nats per unknown position, tau (B,) for plots. End tokens
+    tokens (B, L) -> cross-entropy (B,) in nats per unknown position, the times tau (B,). End tokens
     that pad a row are predicted and counted like all others.
     """
     tau = rows.times(tokens.device)
@@ -1120,7 +1120,7 @@ def main(argv):
     say(f"{size:.1f}M parameters, bf16 = {model.bf16}, {world()} x {device.type}")
     model = train(model, flow_loss, corpus, config, "flm", sample)
     for steps in (1, 4, 16, 64):
-        show(f"{steps} steps", model, sample(model, 8, steps, config.seed))
+        show(f"steps: {steps}", model, sample(model, 8, steps, config.seed))
 
 if __name__ == "__main__":
     run_command(main)

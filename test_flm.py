@@ -56,9 +56,6 @@ def network(V, two_times=False, dtype=torch.float32, **settings):
 def all_rows(n, seed=0, step=0):
     return flm.Rows(seed, step, range(n), n)
 
-def final(sampler_steps):
-    return flm.last(sampler_steps)
-
 def command(program, line, processes=0):
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     arguments = [*(torchrun if processes else []), str(HERE / program), *shlex.split(line)]
@@ -127,7 +124,7 @@ def test_euler_converges_to_the_source_as_theory_predicts():
     the standard error is .001: 4 of them. One step always returns the most frequent token."""
     clock, noise = flm.Clock(5), torch.randn(200_000, 1, 5)
     for steps, expected in [(1, 0.60), (2, 0.0945), (4, 0.032), (8, 0.013), (16, 0.0055)]:
-        tokens = final(flm.euler(exact_denoiser(P, clock), noise, clock, steps)).argmax(-1)
+        tokens = flm.last(flm.euler(exact_denoiser(P, clock), noise, clock, steps)).argmax(-1)
         assert abs(total_variation(tokens, P) - expected) < (0.004 if steps > 1 else 1e-6), steps
 
 def test_euler_is_of_first_order():
@@ -157,7 +154,7 @@ def test_the_exact_flow_never_mixes_two_phrases():
     """0 of 2000 are mixed, and each phrase has 45 to 55 % (4.5 standard errors of .011). Drawing
     each token from its marginal mixes half of them (.5 +- .05)."""
     clock, noise = flm.Clock(4), torch.randn(2000, 2, 4)
-    first, second = final(flm.euler(two_phrases(clock), noise, clock, 256)).argmax(-1).T
+    first, second = flm.last(flm.euler(two_phrases(clock), noise, clock, 256)).argmax(-1).T
     assert torch.equal(second, first + 1) and 0.45 < (first == 0).float().mean() < 0.55
     marginals = two_phrases(clock)(noise, torch.zeros(2000)).flatten(0, 1)
     first, second = marginals.multinomial(1).view(2000, 2).T
@@ -167,7 +164,7 @@ def test_the_exact_flow_never_mixes_two_phrases():
 def test_the_ancestral_sampler_has_the_law_of_the_source_at_any_step_count(steps):
     """Expected total variation of 200,000 exact draws over 5 tokens: .0016; bound .004."""
     clock, n = flm.Clock(5), 200_000
-    tokens = final(flm.ancestral(
+    tokens = flm.last(flm.ancestral(
         exact_denoiser(P, clock), torch.randn(n, 1, 5), clock, steps,
         lambda tokens: F.one_hot(tokens, 5).float(), lambda i: torch.randn(n, 1, 5),
         lambda i: torch.rand(n, 1)))
@@ -195,8 +192,8 @@ def test_samplers_in_v_and_in_d_dimensions_agree():
     def in_v(x, tau, _):
         return model(x @ model.embedding, tau).softmax(-1)
     model.logits = lambda x: model.head(x)  # flm's logits are float32
-    small = final(flm.euler(in_d, eps @ model.embedding, model.clock, 16, model.clean))
-    large = final(flm.euler(in_v, eps, model.clock, 16))
+    small = flm.last(flm.euler(in_d, eps @ model.embedding, model.clock, 16, model.clean))
+    large = flm.last(flm.euler(in_v, eps, model.clock, 16))
     assert (small - large).abs().max() < 1e-12 and small.std() > 0.01
 
 # ------------------------------------------------------------------------------ noise and loss
@@ -455,8 +452,8 @@ def test_few_steps_of_the_exact_map_keep_the_law(renoise):
 def test_without_fresh_noise_the_map_sampler_is_euler():
     clock, noise = flm.Clock(5), torch.randn(50, 2, 5)
     arguments = exact_denoiser(P, clock), noise, clock, 4, lambda probs: probs
-    ours = final(distill.few_steps(*arguments, None))
-    assert torch.allclose(ours, final(flm.euler(*arguments)), atol=1e-6)
+    ours = flm.last(distill.few_steps(*arguments, None))
+    assert torch.allclose(ours, flm.last(flm.euler(*arguments)), atol=1e-6)
 
 def test_one_step_of_a_trained_map_does_not_mix_two_phrases():
     """At most 1 % of 2000 noises give "new diego" or "san york"; each phrase has 45 to 55 % (4.5

@@ -192,7 +192,7 @@ def main(argv):
     model = flm.train(model, loss, corpus, config, "fmlm", one_step)
     for steps in (1, 2, 4):
         texts = distill.sample(model, 8, steps, config.seed)
-        flm.show(f"{steps} steps of the map", model, texts)
+        flm.show(f"map, steps: {steps}", model, texts)
 
 if __name__ == "__main__":
     flm.run_command(main)
