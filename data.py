@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from io import TextIOWrapper
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,31 +40,28 @@ HELD_OUT = 20  # one line in 20 is held out if a corpus has no split of its own
 BPE_CHARACTERS = 2**23  # a bpe vocabulary is trained on at most this much text
 LM1B_URL = ("http://www.statmt.org/lm-benchmark/"
             "1-billion-word-language-modeling-benchmark-r13output.tar.gz")
-LM1B_SIZE = 1_792_209_805
+LM1B_DOCUMENTS = 30_607_716
 LM1B_SHA256 = "01ba60381110baf7f189dfd2b8374de371e8c9a340835793f190bdae9e90a34e"
 BERT_URL = "https://huggingface.co/bert-base-uncased/resolve/main/tokenizer.json"
-OWT_REPOSITORY = "Skylion007/openwebtext"
+OWT_REPOSITORY, OWT_DOCUMENTS = "Skylion007/openwebtext", 8_013_769
 
 class UserError(Exception):
     """A mistake that the user can fix. The message is one line: what is wrong, where, and a fix."""
 
 # ------------------------------------------------------------------------------------- corpora
 
-class Documents(NamedTuple):
-    """About 1 MiB of consecutive documents."""
-
-    split: str | None  # "train" or "heldout"; None if the corpus has no split of its own
-    texts: list[str]
-    position: int  # bytes of the source read so far
-
 @dataclass
 class Source:
-    """A corpus before tokenisation. read() yields Documents, the same ones at each call."""
+    """A corpus before tokenisation.
+
+    read() yields (split, texts), about 1 MiB of documents at a time and the same ones at each call.
+    split is "train" or "heldout", or None if the corpus has no split of its own.
+    """
 
     name: str
     checksum: str  # identifies the text
-    size: int  # bytes, for the progress bar; 0 if unknown
     read: Callable
+    documents: int | None = None  # for the progress bar
 
 def find_source(dataset, data_dir=""):
     """The source of `dataset`. Downloads nothing before it is read. Raises UserError."""
@@ -73,39 +69,26 @@ def find_source(dataset, data_dir=""):
         raise UserError(f"--data-dir {data_dir}: only for lm1b and owt; pass a file as --dataset")
     if data_dir and not os.path.exists(data_dir):
         raise UserError(f"--data-dir {data_dir}: no such file or folder")
-    if dataset in ("lm1b", "owt"):
-        return {"lm1b": lm1b, "owt": owt}[dataset](Path(data_dir) if data_dir else None)
+    if dataset == "lm1b":
+        return lm1b(data_dir)
+    if dataset == "owt":
+        return owt(data_dir)
     path = CORPORA / f"{dataset}.txt.xz" if dataset in EMBEDDED else Path(dataset)
     if not os.path.isfile(path):
         raise UserError(f"--dataset {dataset}: no such file; use one of {', '.join(DATASETS)} "
                         "or a text file")
-    with readable(path), open(path, "rb") as file:
-        checksum = hashlib.file_digest(file, "sha256").hexdigest()
     name = path.name.split(".")[0][:64] or "text"
-    return Source(name, checksum, path.stat().st_size, functools.partial(read_text, path))
+    return Source(name, checksum(path), lambda: read_text(path))
 
 @contextlib.contextmanager
-def readable(path, fix="replace the file"):
-    """Turns any error with the content of a file into a UserError that names the file."""
+def readable(name, fix="replace the file"):
+    """Turns any error of reading a file or a download into a UserError that names it."""
     try:
         yield
     except Exception as error:  # each format raises its own kinds
         if isinstance(error, UnicodeError):
             fix = "convert it to UTF-8"
-        raise UserError(f"{path}: cannot be read ({first_line(error)}); {fix}") from None
-
-@contextlib.contextmanager
-def downloading(flag, fix):
-    """Turns the errors of a download into a UserError. A silent server is an error after 20 s."""
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(20)
-    try:
-        yield
-    except Exception as error:  # HTTP clients raise many kinds
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{flag}: the download failed ({reason}); {fix}") from None
-    finally:
-        socket.setdefaulttimeout(timeout)
+        raise UserError(f"{name}: cannot be read ({first_line(error)}); {fix}") from None
 
 def first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
@@ -116,26 +99,12 @@ def read_lines(file):
     while lines := text.readlines(2**20):
         yield [line.rstrip("\r\n") for line in lines if not line.isspace()]
 
-def read_text(path, split=None):
-    """The Documents of a .txt, .gz or .xz file."""
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, contextlib.nullcontext)
-    with readable(path), open(path, "rb") as raw, opener(raw) as file:
+def read_text(path):
+    """Reads a .txt, .gz or .xz file."""
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    with readable(path), opener(path, "rb") as file:
         for lines in read_lines(file):
-            yield Documents(split, lines, raw.tell())
-
-def several_files(name, files, read):
-    """A Source of many files, which are identified by name and size. read(path) -> Documents."""
-    sizes = [path.stat().st_size for path in files]
-    listing = [f"{path.name} {size}" for path, size in zip(files, sizes)]
-
-    def read_all():
-        before = 0
-        for path, size in zip(files, sizes):
-            for part in read(path):
-                yield part._replace(position=before + part.position)
-            before += size
-    checksum = hashlib.sha256("\n".join(listing).encode()).hexdigest()
-    return Source(name, checksum, sum(sizes), read_all)
+            yield None, lines
 
 # The One Billion Word benchmark (Chelba et al. 2014): one tokenised news sentence per line.
 
@@ -165,106 +134,92 @@ def lm1b_split(name):
     return next((split for split, regex in LM1B_SPLITS.items() if regex.search(name)), None)
 
 def lm1b(data_dir):
-    """The published tarball, downloaded on first use, or a local tarball or unpacked folder."""
-    tarball = Path("data", "lm1b", LM1B_URL.split("/")[-1])
-    if data_dir is None:
-        return Source("lm1b", LM1B_SHA256, LM1B_SIZE, lambda: read_lm1b(download(tarball)))
-    if (data_dir / tarball.name).is_file():
-        data_dir = data_dir / tarball.name
-    if data_dir.is_file():
-        return several_files("lm1b", [data_dir], read_lm1b)
-    files = sorted(path for path in data_dir.rglob("news.en*") if lm1b_split(path.as_posix()))
-    if {lm1b_split(path.as_posix()) for path in files} != LM1B_SPLITS.keys():
-        raise UserError(f"--data-dir {data_dir}: needs {tarball.name} or the unpacked folders "
-                        "training-monolingual* and heldout-monolingual*")
-
-    def read(path):
-        for part in read_text(path, lm1b_split(path.as_posix())):
-            yield part._replace(texts=detokenise(part.texts))
-    return several_files("lm1b", files, read)
+    """The published tarball: downloaded on first use, or a local file or its folder."""
+    path = Path(data_dir or "data/lm1b")
+    if path.is_dir() or not data_dir:
+        path = path / LM1B_URL.split("/")[-1]
+    if data_dir and not path.is_file():
+        raise UserError(f"--data-dir {data_dir}: needs {path.name}")
+    identity = f"{path.name} {path.stat().st_size}" if data_dir else LM1B_SHA256
+    return Source("lm1b", identity, lambda: read_lm1b(path), LM1B_DOCUMENTS)
 
 def read_lm1b(path):
     """Reads the tarball as a stream, without unpacking it to disk."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        print("downloading lm1b (1.8 GB), then tokenising it; this takes long", file=sys.stderr)
+        with readable("--dataset lm1b", "check the network, or pass a copy as --data-dir"):
+            torch.hub.download_url_to_file(LM1B_URL, path, hash_prefix=LM1B_SHA256)
     found = set()
-    with (readable(path), open(path, "rb") as raw, gzip.open(raw) as unpacked,
-          tarfile.open(fileobj=unpacked) as tar):
+    with readable(path), gzip.open(path) as unpacked, tarfile.open(fileobj=unpacked) as tar:
         for member in tar:
             if split := lm1b_split(member.name):
                 found.add(split)
                 for lines in read_lines(tar.extractfile(member)):
-                    yield Documents(split, detokenise(lines), raw.tell())
+                    yield split, detokenise(lines)
         unpacked.read()  # to the end, where the checksum is
     if found != LM1B_SPLITS.keys():
         raise UserError(f"{path}: not the lm1b tarball; delete it, or pass another --data-dir")
 
-def download(path):
-    """Downloads lm1b to `path` if it is not there."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        print("downloading lm1b (1.8 GB), then tokenising it; this takes long", file=sys.stderr)
-        with downloading("--dataset lm1b", "check the network, or pass a copy as --data-dir"):
-            torch.hub.download_url_to_file(LM1B_URL, path, hash_prefix=LM1B_SHA256)
-    return path
-
 # OpenWebText (Gokaslan and Cohen 2019): 8 million web pages as parquet files.
 
 def owt(data_dir):
-    """OpenWebText from the Hugging Face hub, or local parquet or text files."""
-    if data_dir is None:
-        return Source("owt", OWT_REPOSITORY, 0, lambda: hold_out_last(download_owt().read))
-    files = [data_dir] if data_dir.is_file() else sorted(data_dir.rglob("*"))
-    parquet = [path for path in files if path.suffix == ".parquet"]
-    files = parquet or [path for path in files if path.name.endswith((".txt", ".gz", ".xz"))]
+    """OpenWebText from the Hugging Face hub, or a folder of parquet or text files."""
+    if not data_dir:
+        return Source("owt", OWT_REPOSITORY, lambda: hold_out_last(download_owt()), OWT_DOCUMENTS)
+    files = sorted(path for path in Path(data_dir).rglob("*")
+                   if path.suffix in (".parquet", ".txt", ".gz", ".xz"))
     if not files:
         raise UserError(f"--data-dir {data_dir}: contains no .parquet, .txt, .gz or .xz file")
-    source = several_files("owt", files, read_parquet if parquet else read_text)
-    return Source("owt", source.checksum, source.size, lambda: hold_out_last(source.read))
+    listing = " ".join(f"{path.name} {path.stat().st_size}" for path in files)
+    return Source("owt", listing, lambda: hold_out_last(files))
 
 def download_owt():
+    """The parquet files, downloaded on first use."""
     import huggingface_hub
 
     print("downloading owt (24 GB), then tokenising it; this takes long", file=sys.stderr)
-    with downloading("--dataset owt", "check the network, or pass a copy as --data-dir"):
+    with readable("--dataset owt", "check the network, or pass a copy as --data-dir"):
         folder = huggingface_hub.snapshot_download(
             OWT_REPOSITORY, repo_type="dataset", allow_patterns="*.parquet")
-    return several_files("owt", sorted(Path(folder).rglob("*.parquet")), read_parquet)
+    return sorted(Path(folder).rglob("*.parquet"))
 
 def read_parquet(path):
-    """The Documents in the column `text`."""
+    """Reads the column `text`."""
     try:
         import pyarrow.parquet
     except ImportError:
         raise UserError("--dataset owt: parquet files need pyarrow; pip install pyarrow") from None
-    row, size = 0, path.stat().st_size
     with readable(path), pyarrow.parquet.ParquetFile(path) as file:
         if "text" not in file.schema_arrow.names:
             raise UserError(f"{path}: has no column named text; rename its column")
         for batch in file.iter_batches(256, columns=["text"]):
-            row += len(batch)
-            texts = [text for text in batch.column(0).to_pylist() if text and not text.isspace()]
-            yield Documents(None, texts, row * size // file.metadata.num_rows)
+            texts = batch.column(0).to_pylist()
+            yield None, [text for text in texts if text and not text.isspace()]
 
-def hold_out_last(read):
+def hold_out_last(files):
     """The last 100,000 documents are held out, as in the paper, but at most one in 20."""
-    total = sum(len(part.texts) for part in read())
+    def read():
+        for path in files:
+            yield from read_parquet(path) if path.suffix == ".parquet" else read_text(path)
+    total = sum(len(texts) for _, texts in read())
     left = total - min(100_000, total // HELD_OUT)
-    for part in read():
-        yield part._replace(split="train", texts=part.texts[:left])
-        yield part._replace(split="heldout", texts=part.texts[left:])
-        left = max(0, left - len(part.texts))
+    for _, texts in read():
+        yield "train", texts[:left]
+        yield "heldout", texts[left:]
+        left = max(0, left - len(texts))
 
 def read_split(source):
-    """The Documents of a source, each with a split: its own, or chosen by a hash of the line."""
-    for part in source.read():
-        if part.split:
-            yield part
+    """Yields (split, texts) of a source; a missing split is chosen by a hash of the line."""
+    for split, texts in source.read():
+        if split:
+            yield split, texts
             continue
-        texts = dict(train=[], heldout=[])
-        for text in part.texts:
+        parts = dict(train=[], heldout=[])
+        for text in texts:
             held_out = zlib.crc32(text.encode()) % HELD_OUT == 0
-            texts["heldout" if held_out else "train"].append(text)
-        for split in texts:
-            yield part._replace(split=split, texts=texts[split])
+            parts["heldout" if held_out else "train"].append(text)
+        yield from parts.items()
 
 # ---------------------------------------------------------------------------------- tokenizers
 
@@ -286,7 +241,7 @@ class Tokenizer:
         elif self.kind == "gpt2":
             import tiktoken
 
-            with downloading("--tokenizer gpt2", "connect once, or set TIKTOKEN_CACHE_DIR"):
+            with readable("--tokenizer gpt2", "connect once, or set TIKTOKEN_CACHE_DIR"):
                 self.codec = tiktoken.get_encoding("gpt2")
             self.begin = self.end = self.codec.eot_token
             self.vocab_size = self.codec.n_vocab + 1  # the paper adds a padding token
@@ -353,7 +308,7 @@ class Tokenizer:
 def make_tokenizer(kind, source, vocab_size):
     """A tokenizer for a corpus; bpe has at most `vocab_size` tokens, end token included."""
     if kind == "chars":
-        characters = set(chain.from_iterable("".join(part.texts) for part in source.read()))
+        characters = set(chain.from_iterable("".join(texts) for _, texts in source.read()))
         return Tokenizer({"kind": kind, "chars": "".join(sorted(characters))})
     if kind == "gpt2":
         return Tokenizer({"kind": kind})
@@ -361,7 +316,7 @@ def make_tokenizer(kind, source, vocab_size):
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     if kind == "bert-base-uncased":
-        with downloading(f"--tokenizer {kind}", "connect once"):
+        with readable(f"--tokenizer {kind}", "connect once"):
             model = urllib.request.urlopen(BERT_URL).read().decode()
             return Tokenizer({"kind": kind, "model": model})
     if vocab_size < 257:
@@ -380,12 +335,12 @@ def make_tokenizer(kind, source, vocab_size):
 def first_characters(source, limit):
     """Training documents of `limit` characters in total, or all documents of a tiny corpus."""
     count = 0
-    for part in read_split(source):
-        if part.split == "train" and count < limit:
-            count += sum(map(len, part.texts))
-            yield from part.texts
+    for split, texts in read_split(source):
+        if split == "train" and count < limit:
+            count += sum(map(len, texts))
+            yield from texts
     if not count:
-        yield from chain.from_iterable(part.texts for part in source.read())
+        yield from chain.from_iterable(texts for _, texts in source.read())
 
 # --------------------------------------------------------------------------------- token files
 
@@ -443,10 +398,11 @@ def prepare(dataset, tokenizer, seq_len, packing, vocab_size=0, data_dir="", cac
     """
     from filelock import FileLock
 
+    socket.setdefaulttimeout(20)  # seconds, for servers that do not answer
     if packing and tokenizer in FRAMED and seq_len < 3:
         raise UserError(f"--seq-len {seq_len}: rows of {tokenizer} need at least 3 tokens")
     source = find_source(dataset, data_dir)
-    settings = dict(source=source.checksum, tokenizer=tokenizer, packing=packing, format=5,
+    settings = dict(source=source.checksum, tokenizer=tokenizer, packing=packing, format=6,
                     vocab_size=vocab_size if tokenizer == "bpe" else None,
                     seq_len=None if packing else seq_len)
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
@@ -457,7 +413,7 @@ def prepare(dataset, tokenizer, seq_len, packing, vocab_size=0, data_dir="", cac
             write_corpus(folder, source, settings)
     with readable(folder, "delete the folder"):
         meta = json.loads((folder / "meta.json").read_text())
-        if any(checksum(folder / name) != crc for name, crc in meta["checksums"].items()):
+        if any(checksum(folder / name) != sha for name, sha in meta["checksums"].items()):
             raise ValueError("wrong checksum")
         codec = Tokenizer.load(folder / "tokenizer.json")
         skipped, _ = meta["skipped"], meta["source"]
@@ -498,20 +454,20 @@ def write_tokens(folder, source, tokenizer, seq_len):
     from tqdm import tqdm
 
     tokens, skipped, end = dict(train=0, heldout=0), 0, [tokenizer.end]
-    bar = tqdm(total=source.size or None, desc=f"tokenising {source.name}", unit="B",
+    bar = tqdm(total=source.documents, desc=f"tokenising {source.name}", unit=" documents",
                unit_scale=True, file=sys.stderr, mininterval=1)
     with bar, open(folder / "train.bin", "wb") as train, open(folder / "heldout.bin", "wb") as held:
-        for part in read_split(source):
-            documents = tokenizer.encode(part.texts)
+        for split, texts in read_split(source):
+            documents = tokenizer.encode(texts)
             if seq_len:
                 fitting = [ids for ids in documents if len(ids) < seq_len]
                 skipped += len(documents) - len(fitting)
                 documents = [ids + end * (seq_len - len(ids) - 1) for ids in fitting]
-            ids = chain.from_iterable(ids + end for ids in documents)
-            flat = np.fromiter(ids, token_type(tokenizer))
-            (train if part.split == "train" else held).write(flat.tobytes())
-            tokens[part.split] += len(flat)
-            bar.update(part.position - bar.n)
+            flat = chain.from_iterable(ids + end for ids in documents)
+            flat = np.fromiter(flat, token_type(tokenizer))
+            (train if split == "train" else held).write(flat.tobytes())
+            tokens[split] += len(flat)
+            bar.update(len(texts))
     if not sum(tokens.values()) + skipped:
         raise UserError(f"{source.name}: the text is empty; pass one document per line")
     return dict(tokens=tokens, skipped=skipped)
@@ -520,8 +476,5 @@ def token_type(tokenizer):
     return np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
 
 def checksum(path):
-    crc = 0
-    with open(path, "rb") as file:
-        while block := file.read(2**24):
-            crc = zlib.crc32(block, crc)
-    return crc
+    with readable(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

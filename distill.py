@@ -121,10 +121,11 @@ def map_loss(teacher, objective=semigroup, latest=1.0):
             delta = mean_denoiser(model, known if known is None else known[odd])
             denoiser = frozen_denoiser(teacher or model, known, odd)
             target[odd] = objective(delta, denoiser, model, state[odd], tau_s[odd], tau_t[odd])
-            entropy = flm.mean_unknown(torch.special.entr(target).sum(-1), known)
+            entropy = torch.special.entr(target).sum(-1)
 
         logits = model(state, tau_s, tau_t, known)
-        return flm.cross_entropy(logits, target, known) - entropy, tau
+        nats = flm.cross_entropy(logits, target) - entropy
+        return flm.mean_unknown(nats, known), tau
     return loss
 
 def frozen_denoiser(model, known, part):
@@ -135,19 +136,19 @@ def frozen_denoiser(model, known, part):
 
 # ----------------------------------------------------------------------------- 3. Command line
 
-TEACHERS = ("flow", "none")
 PRESETS = {"sentences": dict(max_steps=1500), "words": dict(max_steps=1000, lr=4e-3),
            "sotu": dict(max_steps=1000, lr=4e-3)}
-DATA_AND_MODEL = [f.name for f in flm.fields(flm.Config)]
-DATA_AND_MODEL = DATA_AND_MODEL[: DATA_AND_MODEL.index("max_steps")]
+INHERITED = [f.name for f in flm.fields(flm.Config)]  # from the flow: no flags
+INHERITED = [*INHERITED[: INHERITED.index("max_steps")], "sampler"]
 
 @dataclass
 class Config(flm.Config):
     """Settings of a distillation. Those of data and network are the flow's."""
 
-    teacher: str = flm.setting("flow", "none: learn from the text alone", TEACHERS)
-    renoise: float = flm.setting(0.0, "share of fresh noise between sampling steps, 0 to 1")
-    sample_steps: int = flm.setting(1, "network evaluations per text")
+    teacher: str = flm.setting("flow", "none: learn from the text alone",
+                               choices=("flow", "none"), group="distillation")
+    renoise: float = flm.setting(0.0, "share of fresh noise between sampling steps", most=1)
+    sample_steps: int = flm.setting(1, "network evaluations per text", least=1)
 
     def saved(self):
         return super().saved() | dict(teacher=self.teacher)
@@ -158,7 +159,7 @@ def join_run(argv, config_type, doc, kind, defaults, hidden=()):
     A setting is given in argv, or else in `defaults` (a dict, of the flow's config), or else the
     flow's. Returns (config, None, None) for --sample. Raises UserError.
     """
-    given = flm.parse(argv, config_type, doc, (*DATA_AND_MODEL, "sampler", *hidden))
+    given = flm.parse(argv, config_type, doc, (*INHERITED, *hidden))
     given.setdefault("run_dir", "runs/sentences")
     config = config_type(**given)
     flm.check(config)
@@ -170,7 +171,7 @@ def join_run(argv, config_type, doc, kind, defaults, hidden=()):
         raise UserError(f"{config.run_dir}/flm.pt: contains no flow; train one with flm.py")
     config = config_type(**(flow.config.saved() | defaults(flow.config) | given))
     flm.check(config)
-    config = flm.open_run(config, given.keys(), kind)
+    config = flm.open_run(config, given, kind)
     corpus = flm.prepare_corpus(config)
     if flow.source not in ("", corpus.meta["source"]):  # a converted flow has no source
         raise UserError(f"--dataset {config.dataset}: changed since the flow was trained on it")

@@ -172,12 +172,12 @@ def flow_loss(model, tokens, rows):
     t = model.clock.t(tau)[:, None, None]
     state = torch.lerp(model.noise(rows), model.clean(tokens), t)  # x_t E, x_t = (1-t) x0 + t x1
     logits = model(state, tau, known=known)
-    return cross_entropy(logits, tokens, known), tau
+    return mean_unknown(cross_entropy(logits, tokens), known), tau
 
-def cross_entropy(logits, target, known=None):
-    """Mean cross-entropy (B,) from logits (B, L, V); target: ids (B, L) or probs (B, L, V)."""
+def cross_entropy(logits, target):
+    """In nats, (B, L), from logits (B, L, V) and a target: token ids (B, L) or probs (B, L, V)."""
     nats = F.cross_entropy(logits.flatten(0, 1), target.flatten(0, 1), reduction="none")
-    return mean_unknown(nats.view(logits.shape[:2]), known)
+    return nats.view(logits.shape[:2])
 
 def mean_unknown(nats, known=None):
     """The mean (B,) of nats (B, L) over the unknown positions (known < 0)."""
@@ -469,60 +469,56 @@ class Transformer(nn.Module):
 
 # --------------------------------------------------------------------------------- 6. Settings
 
-def setting(default, help="", choices=None):
-    """A field of Config. With a help text it is also a flag."""
-    return field(default=default, metadata=dict(help=help, choices=choices))
+def setting(default, help="", **options):
+    """A field of Config; with a help text it is also a flag. Options: choices, least, most, and
+    group, which begins a group of flags."""
+    return field(default=default, metadata=dict(help=help, **options))
 
 @dataclass
 class Config:
     """All settings. The defaults are the paper's for lm1b; PRESETS adapt them to other corpora."""
 
-    # data
-    dataset: str = setting("sentences", "sentences, words, sotu, lm1b, owt or a text file")
+    dataset: str = setting("sentences", "sentences, words, sotu, lm1b, owt or a file", group="data")
     data_dir: str = setting("", "local copy of lm1b or owt")
-    tokenizer: str = setting("bert-base-uncased", "how text becomes tokens", data.TOKENIZERS)
-    vocab_size: int = setting(4096, "largest bpe vocabulary (V)")
-    seq_len: int = setting(128, "tokens in a row (L)")
+    tokenizer: str = setting("bert-base-uncased", "kind of tokens", choices=data.TOKENIZERS)
+    vocab_size: int = setting(4096, "largest bpe vocabulary (V)", least=1)
+    seq_len: int = setting(128, "tokens in a row (L)", least=1)
     packing: bool = setting(True, "join documents and cut rows; otherwise pad with end tokens")
-    # model
-    depth: int = setting(12, "number of blocks")
-    width: int = setting(768, "width of the network (D)")
-    heads: int = setting(12, "attention heads")
-    dropout: float = setting(0.1, "on the residual branches")
-    condition_prob: float = setting(0.0, "share of training rows with a prompt")
-    cond_width: int = setting(128)  # of the time embedding
+    depth: int = setting(12, "number of blocks", least=1, group="model")
+    width: int = setting(768, "width of the network (D)", least=1)
+    heads: int = setting(12, "attention heads", least=1)
+    dropout: float = setting(0.1, "on the residual branches", most=1)
+    condition_prob: float = setting(0.0, "share of training rows with a prompt", most=1)
+    cond_width: int = setting(128, least=1)  # of the time embedding
     time_scale: float = setting(1.0)  # factor on tau before its sinusoids
     logit_cap: float = setting(30.0)  # soft cap on the logits; 0: none
     attention_cap: float = setting(0.0)  # soft cap on attention scores; 0: none
-    # training
-    max_steps: int = setting(1_000_000, "training steps")
-    batch_size: int = setting(512, "rows per step, over all processes")
+    max_steps: int = setting(1_000_000, "training steps", least=1, group="training")
+    batch_size: int = setting(512, "rows per step, over all processes", least=1)
     micro_batch_size: int = setting(0, "rows per forward pass; 0: by memory")
-    optimizer: str = setting("adamw", "muon: for the blocks; AdamW for the rest", ("adamw", "muon"))
-    lr: float = setting(3e-4, "learning rate")
+    optimizer: str = setting("adamw", "muon: for the blocks", choices=("adamw", "muon"))
+    lr: float = setting(3e-4, "learning rate", most=1)
     warmup: int = setting(2500, "steps in which the learning rate rises")
-    decay: float = setting(0.0, "last share of the steps, in which it falls to 0")
+    decay: float = setting(0.0, "last share of the steps, in which it falls to 0", most=1)
     beta2: float = setting(0.999)  # of AdamW
     clip: float = setting(1.0)  # largest gradient norm
-    ema: float = setting(0.9999, "decay of the averaged weights")
+    ema: float = setting(0.9999, "decay of the averaged weights", most=1)
     seed: int = setting(0, "of weights, data order and noise")
-    log_every: int = setting(100)  # steps
-    eval_every: int = setting(5000, "steps between evaluations, with checkpoints")
-    eval_rows: int = setting(1024)  # held-out rows of an evaluation
-    # run
-    run_dir: str = setting("", "folder of the run (default: runs/DATASET)")
-    device: str = setting("auto", "where to compute", ("auto", "cpu", "cuda", "mps"))
+    log_every: int = setting(100, least=1)  # steps
+    eval_every: int = setting(5000, "steps between evaluations, with checkpoints", least=1)
+    eval_rows: int = setting(1024, least=1)  # held-out rows of an evaluation
+    run_dir: str = setting("", "folder of the run (default: runs/DATASET)", group="run")
+    device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     threads: int = setting(0, "CPU threads per process; 0: PyTorch's default")
     bf16: bool | None = setting(None, "bfloat16 matrix products (default: on CUDA only)")
     compile: bool = setting(True, "torch.compile, on CUDA only")
     resume: bool = setting(False, "continue the run in the folder, with its settings")
     overwrite: bool = setting(False, "replace the run in the folder")
-    # sampling
-    sample: bool = setting(False, "write texts to stdout instead of training")
-    sample_steps: int = setting(64, "network evaluations per text")
-    num_samples: int = setting(16, "number of texts")
-    sampler: str = setting("euler", "how a flow is sampled", ("euler", "ancestral"))
-    temperature: float = setting(1.0, "of the ancestral sampler")
+    sample: bool = setting(False, "write texts to stdout instead of training", group="sampling")
+    sample_steps: int = setting(64, "network evaluations per text", least=1)
+    num_samples: int = setting(16, "number of texts", least=1)
+    sampler: str = setting("euler", "how a flow is sampled", choices=("euler", "ancestral"))
+    temperature: float = setting(1.0, "of the ancestral sampler", least=0.01)
     prompt: str = setting("", "beginning of the texts")
     infill: str = setting("", "text with gaps: _ for a character, [MASK:2] for two word pieces")
 
@@ -531,8 +527,6 @@ class Config:
         names = [f.name for f in fields(Config)]
         return {name: getattr(self, name) for name in names[: names.index("run_dir")]}
 
-GROUPS = {"dataset": "data", "depth": "model", "max_steps": "training", "run_dir": "run",
-          "sample": "sampling", "teacher": "distillation"}  # the first field of each group
 SMALL = dict(depth=4, width=128, heads=4, cond_width=64, dropout=0.0, time_scale=100.0, lr=1e-2,
              optimizer="muon", decay=1.0, warmup=100, ema=0.99, log_every=20, tokenizer="bpe")
 PRESETS = {
@@ -554,22 +548,15 @@ PRESETS = {
 def check(config):
     """Raises UserError for a setting that is out of range or does not fit the others."""
     for f in fields(config):
-        value, choices = getattr(config, f.name), f.metadata["choices"]
-        flag = f"{flag_of(f.name)} {value}"
+        value, choices = getattr(config, f.name), f.metadata.get("choices")
+        least, most = f.metadata.get("least", 0), f.metadata.get("most", 2**31)
         if choices and value not in choices:
-            raise UserError(f"{flag}: must be one of {', '.join(choices)}")
+            raise UserError(f"{flag_of(f.name)} {value}: must be one of {', '.join(choices)}")
         types = (int, float) if f.type is float else f.type
         if not isinstance(value, types) or isinstance(value, bool) and f.type in (int, float):
-            raise UserError(f"{flag}: must be of type {f.type}")
-        least, most = 0, 1000
-        if f.type is int:  # 0 means: off, or automatic
-            least, most = 0 if f.default == 0 or f.name == "warmup" else 1, 2**31
-        elif f.name in ("dropout", "condition_prob", "decay", "ema", "renoise"):
-            most = 1
-        elif f.name == "temperature":
-            least = 0.01
+            raise UserError(f"{flag_of(f.name)} {value}: must be of type {f.type}")
         if f.type in (int, float) and not least <= value <= most:
-            raise UserError(f"{flag}: must be from {least} to {most}")
+            raise UserError(f"{flag_of(f.name)} {value}: must be from {least} to {most}")
     B, micro = config.batch_size, config.micro_batch_size
     if config.width % (2 * config.heads):
         raise UserError(f"--width {config.width}: must be a multiple of 2 * --heads")
@@ -699,50 +686,49 @@ ENDINGS = ".pt", ".prev.pt", ".config.json", ".log.jsonl", ".samples.txt", ".los
 def config_path(folder, kind):
     return Path(folder, "config.json" if kind == "flm" else f"{kind}.config.json")
 
-locks = []  # holds the lock of the run folder until training ends
+locks = []  # the lock of the run folder
 
-def open_run(config, given, kind, *dependent):
+def open_run(config, given, *kinds):
     """Locks the run folder and returns the settings to train with: to resume, the saved ones.
 
-    Raises UserError if the folder is in use, if it contains `kind` or a model that depends on it
-    and --overwrite is missing, or if a flag in `given` differs from the run to resume.
+    Trains kinds[0], on which the other kinds depend. Raises UserError if the folder is in use, if
+    it contains one of them and --overwrite is missing, or if `given` differs from the saved run.
     """
     from filelock import FileLock
 
     folder = Path(config.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if rank() == 0:
-        locks.clear()  # of a training in this process that ended with an error
+        locks.clear()  # of an earlier training in this process
         locks.append(FileLock(folder / ".lock"))
         try:
             locks[0].acquire(timeout=0)
         except TimeoutError:
             raise UserError(f"{folder}: in use by another process; use another --run-dir") from None
+    found = [kind for kind in kinds if Path(folder, f"{kind}.pt").exists()]
     if config.resume:
-        stored = config_path(folder, kind)
+        stored = config_path(folder, kinds[0])
         with readable(stored, NEW_RUN):
             saved = json.loads(stored.read_text())
-            resumed = replace(config, **saved)
-            check(resumed)
-        for name in given & saved.keys():
-            if saved[name] != getattr(config, name):
+            config = replace(config, **saved)
+            check(config)
+        for name in given.keys() & saved.keys():
+            if given[name] != saved[name]:
                 raise UserError(f"{flag_of(name)}: the run has {saved[name]}; omit it to resume")
-        return resumed
-    for name in [f"{k}.pt" for k in (kind, *dependent)]:
-        if Path(folder, name).exists() and not config.overwrite:
-            raise UserError(f"{folder}: contains {name}; use --resume or --overwrite")
+    elif found and not config.overwrite:
+        raise UserError(f"{folder}: contains {found[0]}.pt; use --resume or --overwrite")
     return config
 
-def begin_run(config, kind, *dependent):
-    """Saves the settings of a new run; removes an overwritten model and those that depend on it.
+def begin_run(config, *kinds):
+    """Saves the settings of a run. A new one removes an old model and those that depend on it.
 
     It is called once the corpus is ready, so that a mistake in the settings removes nothing.
     """
-    folder = Path(config.run_dir)
-    if rank() == 0 and not config.resume:
-        for name in [k + ending for k in (kind, *dependent) for ending in ENDINGS]:
-            Path(folder, name).unlink(missing_ok=True)
-        config_path(folder, kind).write_text(json.dumps(config.saved(), indent=1))
+    if rank() == 0:
+        for name in [kind + ending for kind in kinds for ending in ENDINGS]:
+            if not config.resume:
+                Path(config.run_dir, name).unlink(missing_ok=True)
+        config_path(config.run_dir, kinds[0]).write_text(json.dumps(config.saved(), indent=1))
 
 @contextlib.contextmanager
 def remember_signals():
@@ -876,13 +862,13 @@ def write_log(path, log):
             file.write("\n    ".join([f"step {entry['step']}", *entry["samples"]]) + "\n")
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name, style in (("loss", "-"), ("heldout", "o--")):
-        entries = [entry for entry in log if name in entry]
-        left.plot([e["step"] for e in entries], [e[name] for e in entries], style, label=name)
+    for name in ("loss", "heldout"):
+        points = [(entry["step"], entry[name]) for entry in log if name in entry]
+        left.plot(*zip(*points), ".-", label=name)
     left.set(xlabel="step", ylabel="loss (nats per token)")
     left.legend()
     for entry in evaluations[-1:]:
-        right.bar([0.05 + i / 10 for i in range(10)], entry["by_tau"], width=0.09)
+        right.bar([i / 10 + 0.05 for i in range(10)], entry["by_tau"], width=0.09)
     right.set(xlabel="tau", ylabel="held-out loss (nats per token)")
     figure.savefig(path.with_suffix(".loss.png"))
 
@@ -1065,13 +1051,14 @@ def parse(argv, config_type, doc, hidden=()):
     parser = Parser(description=doc, allow_abbrev=False, argument_default=argparse.SUPPRESS,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(config_type):
-        if f.name in GROUPS:
-            group = parser.add_argument_group(GROUPS[f.name])
-        options = dict(help=f.metadata["help"], type=f.type, choices=f.metadata["choices"])
+        if "group" in f.metadata:
+            group = parser.add_argument_group(f.metadata["group"])
+        options, choices = dict(help=f.metadata["help"]), f.metadata.get("choices")
         if f.type in (bool, bool | None):
-            options = dict(help=f.metadata["help"], action=argparse.BooleanOptionalAction)
-        elif not options["choices"]:
-            options["metavar"] = f.type.__name__.upper()
+            options |= dict(action=argparse.BooleanOptionalAction)
+        else:
+            metavar = None if choices else f.type.__name__.upper()
+            options |= dict(type=f.type, choices=choices, metavar=metavar)
         if options["help"] and f.name not in hidden:
             group.add_argument(flag_of(f.name), **options)
     return vars(parser.parse_args(argv))
@@ -1112,7 +1099,7 @@ def main(argv):
         options = dict(sampler=config.sampler, temperature=config.temperature)
         return write_samples(config, "flm", partial(sample, **options))
     device = setup(config)
-    config = open_run(config, given.keys(), "flm", "fmlm")
+    config = open_run(config, given, "flm", "fmlm")
     corpus = prepare_corpus(config)
     begin_run(config, "flm", "fmlm")
     model = build(config, corpus.tokenizer, device, config.bf16)

@@ -767,7 +767,7 @@ def test_invalid_inputs_are_one_line_and_change_nothing(folder):
         (flm, f"{TINY} --run-dir r", "use --resume or --overwrite"),
         (flm, "--run-dir r --resume --width 32", "--width: the run has 16"),
         (flm, "--run-dir s --resume", "s/config.json"),
-        (flm, "--lr nan", "--lr nan: must be from 0 to 1000"),
+        (flm, "--lr nan", "--lr nan: must be from 0 to 1"),
         (flm, "--batch-size 0", "must be from 1 to"),
         (flm, "--wdth 3", "unrecognized arguments"),
         (flm, "--width 16 --heads 3", "multiple of 2 \\* --heads"),

@@ -36,12 +36,6 @@ class Baseline(flm.Transformer):
             gates = block.modulation.bias.data.view(6, -1)[2::3]
             gates[:] = 1
 
-def token_nats(logits, tokens):
-    """-log p (B, L) of tokens (B, L), from logits (B, L, V)."""
-    logits = logits.flatten(0, 1)
-    nats = F.cross_entropy(logits, tokens.flatten(), reduction="none")
-    return nats.view_as(tokens)
-
 class AR(Baseline):
     """The input at position i is the token at i - 1, and `begin` at the first position."""
 
@@ -71,7 +65,7 @@ def ar_nats(model, tokens):
     before = model.clean(tokens[:, :-1])
     tau = torch.zeros(len(tokens), device=model.device)
     logits = model(torch.cat([begin, before], dim=1), tau)
-    return token_nats(logits, tokens)
+    return flm.cross_entropy(logits, tokens)
 
 def ar_loss(model, tokens, rows):
     """tokens (B, L) -> nats per position (B,), tau (B,), which is 0."""
@@ -81,7 +75,7 @@ def ar_loss(model, tokens, rows):
 def ar_sample(model, n, steps, seed, temperature=1.0, known=None):
     """Writes n texts in L evaluations, whatever `steps` is: tokens (n, L).
 
-    known: token ids (L,) or (n, L), -1 where unknown; only the tokens after them depend on them.
+    known: as in flm.sample; only the tokens after the known ones depend on them.
     """
     def solve(rows, known):
         L = model.config.seq_len
@@ -128,15 +122,15 @@ def mdlm_loss(model, tokens, rows):
     uniform = rows.uniform(tokens.shape[1:], tokens.device)
     masked = uniform >= tau[:, None]
     state = torch.where(masked[..., None], model.mask, model.clean(tokens))
-    nats = token_nats(model(state, tau), tokens) * masked
+    nats = flm.cross_entropy(model(state, tau), tokens) * masked
     # 1 - tau is the probability of a mask; tau may round to 1
     return nats.mean(1) / (1 - tau).clamp(min=1e-6), tau
 
 def mdlm_sample(model, n, steps, seed, temperature=1.0, known=None):
     """Ancestral sampler: writes n texts in `steps` evaluations, tokens (n, L).
 
-    Each token is unmasked at a random time. Those of one step are drawn independently. known:
-    token ids (L,) or (n, L), -1 where unknown; they are never masked.
+    Each token is unmasked at a random time. Those of one step are drawn independently. known: as
+    in flm.sample; these tokens are never masked.
     """
     def solve(rows, known):
         uniform = rows.uniform((model.config.seq_len, 2), model.device)
@@ -170,19 +164,17 @@ load = partial(flm.load, networks=NETWORKS)  # loads flm.pt, fmlm.pt, ar.pt and 
 class Config(flm.Config):
     """Settings of a baseline. Those of data and network are the flow's."""
 
-    model: str = flm.setting("mdlm", "which baseline", tuple(LOSSES))
+    model: str = flm.setting("mdlm", "which baseline", choices=tuple(LOSSES), group="baseline")
 
 def main(argv):
-    hidden = *distill.DATA_AND_MODEL, "sampler"
-    kind = flm.parse(argv, Config, __doc__, hidden).get("model", "mdlm")
+    kind = flm.parse(argv, Config, __doc__, distill.INHERITED).get("model", "mdlm")
     config, flow, corpus = distill.join_run(
         argv, Config, __doc__, kind, lambda flow: dict(lr=LR[kind].get(flow.dataset, flow.lr)))
     sample = partial(SAMPLERS[kind], temperature=config.temperature)
     if config.sample:
         return flm.write_samples(config, kind, sample, NETWORKS)
-    network, loss = NETWORKS[kind], LOSSES[kind]
-    model = flm.build(config, flow.tokenizer, flow.device, config.bf16, network)
-    flm.train(model, loss, corpus, config, kind, sample)
+    model = flm.build(config, flow.tokenizer, flow.device, config.bf16, NETWORKS[kind])
+    flm.train(model, LOSSES[kind], corpus, config, kind, sample)
 
 if __name__ == "__main__":
     flm.run_command(main)

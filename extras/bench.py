@@ -56,7 +56,7 @@ def masked_loss(model, tokens, rows):
     tau = rows.times(tokens.device)
     unmasked = torch.rand_like(tokens, dtype=tau.dtype) < tau[:, None]
     state = model.clean(tokens) * unmasked[..., None]
-    return flm.cross_entropy(model(state, tau), tokens), tau
+    return flm.cross_entropy(model(state, tau), tokens).mean(1), tau
 
 def materialised_loss(model, tokens, rows):
     """The loss of the flow (B,), with all of its vectors in V dimensions."""
@@ -65,7 +65,7 @@ def materialised_loss(model, tokens, rows):
     one_hot = F.one_hot(tokens, model.V).float()
     x = (1 - t) * torch.randn_like(one_hot) + t * one_hot  # (B, L, V)
     logits = model(x @ model.embedding, tau)
-    return flm.cross_entropy(logits, one_hot), tau
+    return flm.cross_entropy(logits, one_hot).mean(1), tau
 
 def build(config, network=flm.Transformer):
     """An untrained network."""
@@ -183,8 +183,8 @@ def bench_sample(config):
 def bench_data(config):
     """Tokens per second on the speeches of `sotu`."""
     documents = []
-    for part in data.find_source("sotu").read():
-        documents += part.texts
+    for _, texts in data.find_source("sotu").read():
+        documents += texts
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         corpus = data.prepare("sotu", config.tokenizer, seq_len=128, packing=True,

@@ -142,7 +142,7 @@ def convert(path, args):
     saved = folder / "tokenizer.json"
     if saved.exists() and data.Tokenizer.load(saved).checksum != tokenizer.checksum:
         raise UserError(f"{folder}: contains another vocabulary; use another --run-dir")
-    flm.begin_run(flm.open_run(config, (), kind), kind)
+    flm.begin_run(flm.open_run(config, {}, kind), kind)
     tokenizer.save(saved)
     flm.save_checkpoint(folder / f"{kind}.pt", dict(
         kind=kind, step=step, config=config.saved(), log=[], source="",

@@ -1,13 +1,16 @@
 """Compares the models of a run: quality of their texts, network evaluations, likelihood.
 
-    python -m extras.evaluate --run-dir runs/sentences     # tables; quality.json and quality.png
+    python -m extras.evaluate runs/sentences                 # writes quality.json and quality.png
+    python -m extras.evaluate runs/a runs/b runs/c           # mean and deviation over seeds
     python -m extras.evaluate --temperatures 1.3 1.15 1 .9 .8 .7    # compare at equal entropy
-    python -m extras.evaluate --judge gpt2-large           # needs pip install transformers
 
-perplexity  of the samples under a judge: n-grams of the training text, the run's own ar
-            or a Hugging Face model. It reads a text up to its first end token.
-entropy     of the token frequencies within a sample in nats, mean over samples. Low perplexity
-            with low entropy is collapse, so compare perplexities at equal entropy only.
+perplexity  of the samples: per word under 4-grams of the training text (per character under
+            5-grams for a character tokenizer), or per token under the run's own ar. A text is read
+            up to its first end token.
+entropy     of the token frequencies within a sample in nats, mean over samples. A model that
+            samples more sharply has lower perplexity and lower entropy, so compare perplexities at
+            equal entropy only: at_held_out and at_map are interpolated between temperatures at the
+            entropy of the held-out text and of one step of the map.
 length      tokens per text, with its end token
 bigrams     entropy of the pooled bigrams of all samples in nats
 variation   total variation between bigrams of samples and of other held-out texts
@@ -25,6 +28,7 @@ from functools import partial
 from itertools import chain, pairwise, product
 from pathlib import Path
 from statistics import fmean as mean
+from statistics import stdev
 
 import numpy as np
 import torch
@@ -43,8 +47,9 @@ MOST = 2**22  # tokens of a split that are read
 class NGram:
     """Interpolated Kneser-Ney (Chen and Goodman 1999), one discount n1 / (n1 + 2 n2) per order.
 
-    texts: sequences of V different tokens. The longest n-grams and those at the start of a text
-    are counted as they occur, shorter ones by the number of different tokens before them.
+    texts: sequences of items (words, tokens), of which there are V. The longest n-grams and those
+    at the start of a text are counted as they occur, shorter ones by the number of different items
+    before them.
     """
 
     def __init__(self, texts, V, order):
@@ -81,13 +86,20 @@ class NGram:
             p = (max(count - discount, 0) + left) / self.total[before]
         return p
 
-    def __call__(self, texts):
+    def perplexity(self, texts):
         nats = []
         for text in texts:
             for i, token in enumerate(text):
                 context = text[max(0, i - self.order) : i]
                 nats.append(-math.log(self.probability(context, token)))
         return math.exp(mean(nats))
+
+def ngram_judge(text):
+    """4-grams of words, or 5-grams of the characters of a character tokenizer."""
+    train, order = text.items(text.train), 5 if text.tokenizer.kind == "chars" else 4
+    V = 1 + len(set(chain.from_iterable(train)))  # and unknown items
+    ngram = NGram(train, V, order)
+    return lambda texts: ngram.perplexity(text.items(texts))
 
 def ar_judge(model):
     """The run's own autoregressive model. It judges its own samples too well."""
@@ -101,44 +113,6 @@ def ar_judge(model):
             nats.append(baselines.ar_nats(model, tokens).cpu())
         return math.exp(torch.cat(nats)[rows >= 0].mean())
     return judge
-
-def hugging_face_judge(name, tokenizer, device):
-    """A causal language model by name or folder. The first token of a text is not scored.
-
-    Our end token becomes its own. Raises UserError if transformers or the model is missing.
-    """
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        codec = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name).to(device).eval()
-    except Exception as error:  # its loaders raise many kinds
-        raise UserError(f"--judge {name}: could not be loaded ({type(error).__name__}); "
-                        "pip install transformers, or use --judge ngram or ar") from None
-    longest = getattr(model.config, "max_position_embeddings", None)
-
-    @torch.no_grad()
-    def judge(texts):
-        nats = []
-        for text in texts:
-            ids = codec(tokenizer.decode(text)).input_ids
-            if text[-1] == tokenizer.end and codec.eos_token_id is not None:
-                ids.append(codec.eos_token_id)
-            row = torch.tensor([ids[:longest]], dtype=torch.long, device=device)
-            if len(ids) > 1:
-                logits = model(row).logits[:, :-1].float()
-                nats.append(baselines.token_nats(logits, row[:, 1:])[0])
-        return math.exp(torch.cat(nats).mean()) if nats else math.nan
-    return judge
-
-def make_judge(name, models, text, device):
-    """The judge `name` and its title."""
-    if name == "ngram":
-        order = 5 if text.tokenizer.kind == "chars" else 4
-        return NGram(text.train, models["flm"].V, order), f"{order}-grams"
-    if name == "ar":
-        return ar_judge(models["ar"]), "the run's own ar"
-    return hugging_face_judge(name, text.tokenizer, device), name
 
 def until_end(ids, end, start=0):
     """The ids up to the first end token, included, at or after `start`."""
@@ -182,6 +156,13 @@ class Text:
         """Rows (n, L) as tuples of ids; a padded row ends with its first end token."""
         texts = map(tuple, rows.tolist())
         return [until_end(ids, self.end) if self.padded else ids for ids in texts]
+
+    def items(self, texts):
+        """What the n-grams count: the characters or the words of texts, and their end token."""
+        if self.tokenizer.kind == "chars":
+            return texts
+        words = [tuple(self.tokenizer.decode(ids).split()) for ids in texts]
+        return [(*w, "</s>") if ids[-1] == self.end else w for w, ids in zip(words, texts)]
 
     def perplexity(self, judge, rows):
         """Under the judge, of rows (n, L) up to their first end token."""
@@ -232,7 +213,7 @@ def likelihood_bound(model, tokens, rows, last=0.999):
     t = clock.t(x)
     rate = last * slope * t / (1 - t) ** 3
     end = logits(torch.full_like(tau, last))
-    return rate.to(error) * error + flm.cross_entropy(end, tokens), tau
+    return rate.to(error) * error + flm.cross_entropy(end, tokens).mean(1), tau
 
 LOSSES = dict(flm=likelihood_bound, **baselines.LOSSES)
 
@@ -268,10 +249,9 @@ def infilling(models, text, judge, args):
         return torch.where(known < 0, drawn, known)
 
     samplers = {("chance", 0): chance}
-    for name in ("flm", "fmlm", "mdlm"):
-        for steps in sorted({min(args.steps), max(args.steps)}):
-            if name in models:
-                samplers[name, steps] = partial(SAMPLERS[name], models[name])
+    for name, pick in (("flm", max), ("fmlm", min), ("mdlm", min), ("mdlm", max)):
+        if name in models:
+            samplers[name, pick(args.steps)] = partial(SAMPLERS[name], models[name])
     rows, table = text.rows[: args.num_samples], []
     for (name, steps), sampler in samplers.items():
         for share in (0.25, 0.5, 0.75):
@@ -291,12 +271,13 @@ WITH_TEMPERATURE = "flm ancestral", "mdlm", "ar"
 def parse(argv):
     parser = flm.Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
-    add("--run-dir", default="runs/sentences", help="folder of a finished run")
-    add("--judge", default="ngram", help="ngram, ar or a Hugging Face model")
+    add("runs", nargs="*", default=["runs/sentences"], help="folders of finished runs")
+    add("--judge", default="words", choices=("words", "ar"), help="of perplexity")
     add("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16, 64], help="evaluations per text")
     add("--temperatures", type=float, nargs="+", default=[1.0], help="of flm ancestral, mdlm, ar")
     add("--num-samples", type=int, default=1000, help="texts per row of the table")
     add("--seed", type=int, default=0, help="of the samples")
+    add("--out", default="", help="folder of quality.json and quality.png; default: the first run")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     add("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's default")
     args = parser.parse_args(argv)
@@ -325,13 +306,13 @@ def sample_all(models, text, judge, args):
     """Samples and measures each model with each number of steps and each temperature."""
     from tqdm import tqdm
 
-    cells = []
+    heldout = dict(model="held-out text", steps=None, temperature=None)
+    table, cells = [heldout | text.measure(judge, text.rows[: args.num_samples])], []
     for name in SAMPLERS:
         steps = [text.corpus.seq_len] if name == "ar" else args.steps
         temperatures = {1.0, *args.temperatures} if name in WITH_TEMPERATURE else [1.0]
         if name.split()[0] in models:
             cells += product([name], steps, sorted(temperatures))
-    table = []
     for name, steps, temperature in tqdm(cells, unit="cell", file=sys.stderr):
         options = dict(temperature=temperature) if temperature != 1 else {}
         model, start = models[name.split()[0]], time.perf_counter()
@@ -341,60 +322,111 @@ def sample_all(models, text, judge, args):
                      | text.measure(judge, rows) | dict(seconds=seconds))
     return table
 
+def at_equal_entropy(table):
+    """Adds perplexities interpolated between temperatures to the rows with temperature 1.
+
+    Log perplexity is linear in entropy between neighbours; there is no extrapolation.
+    """
+    targets = dict(at_held_out=table[0]["entropy"])
+    for row in table:
+        if (row["model"], row["steps"]) == ("fmlm", 1):
+            targets["at_map"] = row["entropy"]
+    for row in table[1:]:
+        same = [r for r in table if (r["model"], r["steps"]) == (row["model"], row["steps"])]
+        same.sort(key=lambda r: r["entropy"])
+        x = [r["entropy"] for r in same]
+        y = [math.log(r["perplexity"]) for r in same]
+        for name, target in targets.items():
+            if row["temperature"] == 1 and x[0] <= target <= x[-1]:
+                row[name] = math.exp(np.interp(target, x, y))
+
+def over_runs(tables):
+    """Rows of the same cell in several runs as one row: mean, and deviation as name_sd."""
+    merged = []
+    for rows in zip(*tables):
+        row = {}
+        for name in rows[0]:
+            values = [r.get(name) for r in rows]
+            if not all(isinstance(x, float) for x in values) or name in ("temperature", "hidden"):
+                row[name] = values[0]
+                continue
+            row[name] = mean(values)
+            if len(values) > 1:
+                row[f"{name}_sd"] = stdev(values)
+        merged.append(row)
+    return merged
+
 def print_table(title, rows):
     """Prints rows, which are dicts; a column that a row lacks is empty."""
-    table = [list(dict.fromkeys(chain.from_iterable(rows)))]
+    names = [x for x in dict.fromkeys(chain.from_iterable(rows)) if not x.endswith("_sd")]
+    table = [names]
     for row in rows:
-        values = [row.get(name) for name in table[0]]
-        values = [f"{x:.4g}" if isinstance(x, float) else x for x in values]
-        table.append(["" if x is None else str(x) for x in values])
+        values = [row.get(name) for name in names]
+        cells = [f"{x:.4g}" if isinstance(x, float) else str(x or "") for x in values]
+        for i, name in enumerate(names):
+            if f"{name}_sd" in row:
+                cells[i] += f" ± {row[f'{name}_sd']:.2g}"
+        table.append(cells)
     widths = [max(map(len, column)) for column in zip(*table)]
     print(f"\n{title}")
     for cells in table:
         print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths)))
 
-def plot(report, path):
-    """Perplexity against network evaluations at temperature 1."""
+STYLES = {"flm": "o-", "flm ancestral": "s--", "fmlm": "^-", "mdlm": "D:", "ar": "v-."}
+
+def plot(rows, path):
+    """Perplexity against network evaluations (temperature 1), and against entropy."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4.5), layout="constrained")
-    axes = figure.subplots()
-    heldout, *rows = report["samples"]
-    rows = [row for row in rows if row["temperature"] == 1]
-    for name in dict.fromkeys(row["model"] for row in rows):
-        points = [(row["steps"], row["perplexity"]) for row in rows if row["model"] == name]
-        axes.plot(*zip(*points), "o-", label=name)
-    axes.axhline(heldout["perplexity"], color="gray", linestyle="--", label="held-out text")
-    axes.set(xscale="log", yscale="log", xlabel="network evaluations",
-             ylabel=f"perplexity ({report['title']})")
-    axes.legend()
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    heldout, *rows = rows
+    for name, style in STYLES.items():
+        mine = [row for row in rows if row["model"] == name]
+        if not mine:
+            continue
+        plain = [row for row in mine if row["temperature"] == 1]
+        most = [row for row in mine if row["steps"] == mine[-1]["steps"]]
+        curve = most if name in WITH_TEMPERATURE else plain
+        for axes, x, points in ((left, "steps", plain), (right, "entropy", curve)):
+            errors = [row.get("perplexity_sd", 0) for row in points]
+            axes.errorbar([row[x] for row in points], [row["perplexity"] for row in points],
+                          errors, fmt=style, label=name, capsize=2)
+    left.axhline(heldout["perplexity"], color="black", lw=0.8)
+    right.plot(heldout["entropy"], heldout["perplexity"], "k*", ms=12, label="held-out text")
+    left.set(xscale="log", yscale="log", xlabel="network evaluations per text",
+             ylabel="perplexity of the samples", title="temperature 1; line: held-out text")
+    right.set(xlabel="entropy of a sample (nats)",
+              title="by temperature at the most steps; flm, fmlm: by steps")
+    right.legend()
     figure.savefig(path, dpi=150)
+
+def evaluate_run(folder, args, device):
+    """The tables of one run: likelihood, samples, infilling."""
+    models, text = load_run(folder, args.judge, device)
+    judge = ar_judge(models["ar"]) if args.judge == "ar" else ngram_judge(text)
+    nats = [dict(model=kind, nats=likelihood(models[kind], text, args.num_samples))
+            for kind in LOSSES if kind in models]
+    samples = sample_all(models, text, judge, args)
+    at_equal_entropy(samples)
+    hidden = infilling(models, text, judge, args) if models["flm"].takes_prompts else []
+    return nats, samples, hidden
 
 def main(argv):
     args = parse(argv)
-    folder, device = Path(args.run_dir), flm.setup(args)
-    models, text = load_run(folder, args.judge, device)
-    judge, title = make_judge(args.judge, models, text, device)
-
-    nats = []
-    for kind in LOSSES:
-        if kind in models:
-            value = likelihood(models[kind], text, args.num_samples)
-            nats.append(dict(model=kind, nats=value))
+    device, out = flm.setup(args), Path(args.out or args.runs[0])
+    tables = [evaluate_run(Path(folder), args, device) for folder in args.runs]
+    kinds = [[(row["model"], row.get("steps")) for row in samples] for _, samples, _ in tables]
+    if any(kinds[0] != other for other in kinds):
+        raise UserError(f"{' '.join(args.runs)}: contain different models")
+    nats, samples, hidden = map(over_runs, zip(*tables))
     print_table("nats per held-out token (flm and mdlm: upper bounds)", nats)
-
-    heldout = dict(model="held-out text", steps=None, temperature=None)
-    heldout |= text.measure(judge, text.rows[: args.num_samples])
-    samples = sample_all(models, text, judge, args)
-    samples.insert(0, heldout)
-    print_table(f"{args.num_samples} samples; perplexity under {title}", samples)
-
-    report = dict(vars(args), title=title, likelihood=nats, samples=samples, infilling=[])
-    if models["flm"].takes_prompts:
-        report["infilling"] = infilling(models, text, judge, args)
-        print_table("held-out texts with hidden tokens: share restored", report["infilling"])
-    (folder / "quality.json").write_text(json.dumps(report, indent=1))
-    plot(report, folder / "quality.png")
+    print_table(f"{args.num_samples} samples per run; judge: {args.judge}", samples)
+    if hidden:
+        print_table("held-out texts with hidden tokens: share restored", hidden)
+    report = dict(vars(args), likelihood=nats, samples=samples, infilling=hidden)
+    (out / "quality.json").write_text(json.dumps(report, indent=1))
+    plot(samples, out / "quality.png")
 
 if __name__ == "__main__":
     flm.run_command(main)

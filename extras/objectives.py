@@ -154,7 +154,8 @@ HIDDEN = "teacher sample sample_steps num_samples renoise temperature prompt inf
 class Config(distill.Config):
     """Settings of a distillation with one of these objectives."""
 
-    objective: str = flm.setting("two-stage", "property of the map", ("two-stage", *TARGETS))
+    objective: str = flm.setting("two-stage", "property of the map",
+                                  choices=("two-stage", *TARGETS), group="objective")
 
     def saved(self):
         return super().saved() | dict(objective=self.objective)

@@ -18,9 +18,6 @@ TEXT = "".join(f"{word} {i}\n" for i in range(300) for word in ("one", "twenty")
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """An empty working folder with a small text."""
-    import flm
-
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text(TEXT)
     yield tmp_path
-    flm.locks.clear()

@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import shlex
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import data
 import flm
 from data import UserError
 from extras import baselines, evaluate
@@ -135,27 +133,11 @@ def test_ngrams_equal_a_hand_count_and_are_distributions():
     first, then = (2 - 2 / 3) / 2 + 2 / 3 / 2 * a, (1 - 2 / 3) / 3 + 2 / 3 * end
     assert abs(judge.probability([], 1) - first) < 1e-12
     assert abs(judge.probability([1], 2) - (1 - 2 / 3) / 3 - 2 / 3 * b) < 1e-12
-    assert abs(judge([(1, 0)]) - (first * then) ** -0.5) < 1e-12
+    assert abs(judge.perplexity([(1, 0)]) - (first * then) ** -0.5) < 1e-12
     rows = torch.randint(1, 6, (200, 6)).tolist()
     judge = evaluate.NGram([row[: 1 + i % 6] + [0] for i, row in enumerate(rows)], V=7, order=4)
     for context in ([], rows[0][:2], rows[1][:3], [6, 6, 6], [5]):
         assert abs(sum(judge.probability(context, token) for token in range(7)) - 1) < 1e-12
-
-def test_a_hugging_face_judge_reads_text_in_its_own_tokens(monkeypatch):
-    """Its ids of "1" and "2" are 1 and 2, its end token is 5, and p(token | the last) a table."""
-    def codec(text):
-        return SimpleNamespace(input_ids=list(map(int, text)))
-    codec.eos_token_id, table = 5, torch.nn.Embedding(9, 9)
-    table.config = SimpleNamespace()
-    table.register_forward_hook(lambda module, ids, logits: SimpleNamespace(logits=logits))
-    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(
-        AutoTokenizer=SimpleNamespace(from_pretrained=lambda name: codec),
-        AutoModelForCausalLM=SimpleNamespace(from_pretrained=lambda name: table)))
-    ours = data.Tokenizer({"kind": "chars", "chars": "12"})
-    p = table.weight.softmax(-1)
-    expected = (p[1, 5] * p[1, 2] * p[2, 5] * p[2, 1]).item() ** -0.25
-    judge = evaluate.hugging_face_judge("name", ours, CPU)
-    assert abs(judge([(1, 0), (1, 2, 0), (2, 1)]) / expected - 1) < 1e-5
 
 def test_baselines_are_trained_sampled_and_evaluated(folder, capsys):
     """One table row per model, number of steps and temperature, and the figures of the files."""
@@ -174,13 +156,13 @@ def test_baselines_are_trained_sampled_and_evaluated(folder, capsys):
             written.append(capsys.readouterr().out)
         assert written[0] == written[1] and len(set(written)) == 3
         assert all(line.startswith("on") for line in written[0].splitlines())
-    run(evaluate, "--steps 1 3 --num-samples 20 --temperatures 0.5")
+    evaluate.main(shlex.split("r r --steps 1 3 --num-samples 20 --temperatures 0.5"))
     report = json.loads(Path("r/quality.json").read_text())
     rows = {(row["model"], row["steps"], row["temperature"]): row for row in report["samples"]}
     assert len(rows) == len(report["samples"]) == 1 + 2 + 2 * 2 + 2 + 2 * 2
     assert f"{rows['mdlm', 3, 0.5]['perplexity']:.4g}" in capsys.readouterr().out
     assert Path("r/quality.png").read_bytes().startswith(b"\x89PNG")
-    assert len(report["infilling"]) == 3 * (1 + 2 + 2)
+    assert len(report["infilling"]) == 3 * (1 + 1 + 2)
     text = evaluate.load_run(Path("r"), "ngram", CPU)[1]
     hidden = evaluate.hide(text, text.rows, 0.5, 0) < 0
     assert not (hidden & (text.rows == text.end)).any()
@@ -190,6 +172,18 @@ def test_baselines_are_trained_sampled_and_evaluated(folder, capsys):
     assert (measured["length"], measured["distinct"], measured["held_out"]) == (4, 0.5, 0)
     assert abs(measured["variation"] - 1 / 3) < 1e-9 > abs(measured["bigrams"] - math.log(3))
     assert abs(measured["entropy"] - math.log(4) * 3 / 4) < 1e-9  # frequencies 1/4, 1/2, 1/4
+
+def test_perplexity_is_interpolated_and_never_extrapolated():
+    """Entropies 1 and 3 with perplexities e and e^3: e^2 at 2. The map's entropy 4 is outside."""
+    def row(model, entropy, temperature=1.0, steps=1):
+        return dict(model=model, steps=steps, temperature=temperature, entropy=entropy,
+                    perplexity=math.exp(entropy))
+    table = [row("held-out text", 2.0), row("fmlm", 4.0), row("mdlm", 3.0), row("mdlm", 1.0, 0.5)]
+    evaluate.at_equal_entropy(table)
+    assert abs(table[2]["at_held_out"] - math.exp(2)) < 1e-9 and "at_map" not in table[2]
+    assert "at_held_out" not in table[1] and table[1]["at_map"] == table[1]["perplexity"]
+    merged = evaluate.over_runs([[row("mdlm", 1.0)], [row("mdlm", 3.0)]])[0]
+    assert (merged["entropy"], merged["steps"]) == (2, 1) and merged["entropy_sd"] == 2**0.5
 
 @pytest.mark.parametrize("program, line, message", [
     (baselines, "--run-dir none", "none/flm.pt: no such checkpoint"),

@@ -18,6 +18,7 @@ from nursery import Child
 
 import flm
 from data import UserError
+from test_flm import assert_equal
 
 FLOW = ("--depth 1 --width 16 --heads 2 --batch-size 8 --dropout .1 --device cpu --dataset a.txt "
         "--tokenizer chars --no-packing --seq-len 16 --run-dir r --max-steps 60 --eval-every 20")
@@ -39,20 +40,13 @@ def copy_flow(whole):
     shutil.copytree(whole, "r", ignore=shutil.ignore_patterns("fmlm.*"))
 
 def run_main(line):
-    flm.locks.clear()
     flm.main(line.split())
 
-def equal(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[name], b[name]) for name in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-def same_training(whole, kind="flm"):
-    """Whether r/KIND.pt has the steps, weights, averages and optimizer states of `whole`."""
+def assert_same_training(whole, kind="flm"):
+    """r/KIND.pt has the steps, weights, averages and optimizer states of `whole`."""
     a, b = (flm.load_checkpoint(Path(folder, f"{kind}.pt")) for folder in ("r", whole))
-    return all(equal(a[name], b[name]) for name in ("step", "model", "average", "optimizers"))
+    for name in ("step", "model", "average", "optimizers"):
+        assert_equal(a[name], b[name])
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("program, kind, line", PROGRAMS)
@@ -65,7 +59,7 @@ def test_a_signal_saves_the_finished_step(whole, folder, program, kind, line, nu
     assert 20 < step < 60
     assert f"stopped; r/{kind}.pt contains step {step}; continue with --resume\n" in child.err
     assert Child(program, RESUME).status() == 0
-    assert same_training(whole, kind)
+    assert_same_training(whole, kind)
 
 @pytest.mark.parametrize("batch", [2**16, 2**30])
 def test_a_second_signal_exits_at_once(folder, batch):
@@ -89,7 +83,8 @@ def test_kills_at_any_moment_change_nothing(whole, folder, model, kills, every):
         time.sleep(moments.uniform(0, 0.01 if i % 2 else 0.3))
         assert child.send(signal.SIGKILL).status() == -signal.SIGKILL
         child = Child(program, RESUME)
-    assert child.status() == 0 and same_training(whole, kind)
+    assert child.status() == 0
+    assert_same_training(whole, kind)
     log = flm.load_checkpoint(Path(f"r/{kind}.pt"))["log"]
     assert [entry["step"] for entry in log if "heldout" in entry] == list(range(every, 61, every))
 
@@ -121,7 +116,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(whole, folder):
     child = Child("flm.py", RESUME, {resource.RLIMIT_FSIZE: len(before) // 2})
     assert child.status() == 2 and "r/flm.pt: cannot be written" in child.last_line()
     assert Path("r/flm.pt").read_bytes() == before and not Path("r/flm.part").exists()
-    assert Child("flm.py", RESUME).status() == 0 and same_training(whole)
+    assert Child("flm.py", RESUME).status() == 0
+    assert_same_training(whole)
 
 def test_a_damaged_checkpoint_is_refused_or_complete(whole, folder):
     """Truncated at 20 places, or with one of 200 bits changed."""
@@ -135,13 +131,14 @@ def test_a_damaged_checkpoint_is_refused_or_complete(whole, folder):
     for bad in damaged:
         path.write_bytes(bad)
         try:
-            assert same_training(whole)
+            assert_same_training(whole)
         except UserError as error:
             refused += 1
             assert str(error).startswith("r/flm.pt: ") and "\n" not in str(error)
     assert refused > 0.9 * len(damaged)  # the rest is padding
     os.replace("r/flm.prev.pt", path)  # the message proposes it
-    assert Child("flm.py", RESUME).status() == 0 and same_training(whole)
+    assert Child("flm.py", RESUME).status() == 0
+    assert_same_training(whole)
 
 class Evil:
     def __reduce__(self):
@@ -185,7 +182,7 @@ def test_a_loss_that_is_not_a_number_keeps_the_last_checkpoint(whole, folder, mo
         run_main(FLOW)
     assert flm.load_checkpoint(Path("r/flm.pt"))["step"] == 20
     run_main(RESUME)
-    assert same_training(whole)
+    assert_same_training(whole)
 
 @pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("setpriv"), reason="root may write")
 @pytest.mark.parametrize("name", ["r", "data"])

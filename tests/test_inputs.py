@@ -28,7 +28,6 @@ SAMPLE = [*MAP, *"--sample --num-samples 2 --sample-steps 2".split()]
 
 def attempt(program, argv):
     """The message of a command on stderr, or "" if it succeeds. Fails for any other end."""
-    flm.locks.clear()
     name, err = f"{program.__name__}.py", io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         patch.setattr(sys, "argv", [name, *argv])
@@ -144,7 +143,7 @@ def flags(draw):
         if f.type in (bool, bool | None):
             argv.append(draw(st.sampled_from([flag, flag.replace("--", "--no-")])))
         else:
-            good = f.metadata["choices"] or ["1", "2", "0.5", "a.txt"]
+            good = f.metadata.get("choices") or ["1", "2", "0.5", "a.txt"]
             bad = WORDS + [str(10**13), str(2**61)] * (f.name not in SLOW)
             argv += [flag, draw(st.sampled_from(good) | st.sampled_from(bad))]
     return argv
