@@ -185,6 +185,7 @@ def main(argv):
     if config.sample:
         return flm.write_samples(config, "fmlm", partial(sample, renoise=config.renoise))
     model = flm.build(config, flow.tokenizer, flow.device, config.bf16, flm.FlowMap)
+    model.clock = flow.clock
     teacher = flow if config.teacher == "flow" else None
     if teacher:
         with readable(flm.config_path(config.run_dir, "fmlm"), flm.NEW_RUN):

@@ -65,13 +65,14 @@ def decodability(t, V):
     return (V * P - 1) / (V - 1)
 
 class Clock(nn.Module):
-    """[FLM] Time re-parameterisation: t as a function of tau, the decodability of a token.
+    """[FLM] Time re-parameterisation: t as a function of tau in [0, 1].
 
-    With uniform t, most steps would be spent where every token is still undecided or already
-    decided. Training and sampling are uniform in tau. A table, inverted by linear interpolation.
+    Training and sampling are uniform in tau. With uniform t, most steps would be spent where every
+    token is still undecided or already decided. In the paper, tau is the decodability of a token.
+    respace() adapts tau to a text.
     """
 
-    def __init__(self, V, nodes=4096):
+    def __init__(self, V, adaptive=False, nodes=4096, slices=10):
         super().__init__()
         t = torch.arange(nodes, dtype=torch.float64) / nodes
         tau = decodability(t, V).float()
@@ -80,7 +81,10 @@ class Clock(nn.Module):
         below, one = tau < 1, torch.ones(1)  # in float32, tau reaches 1 before t does
         tau = torch.cat([tau[below], one])
         t = torch.cat([t[below].float(), one])
-        self.register_buffer("nodes", torch.stack([tau, t]), persistent=False)
+        self.register_buffer("paper", torch.stack([tau, t]), persistent=False)
+        self.register_buffer("nodes", self.paper.clone(), persistent=adaptive)
+        # sums of the training loss, and their counts, by slice of tau
+        self.register_buffer("sums", torch.zeros(2, slices), persistent=adaptive)
 
     def t(self, tau):
         """t(tau), float32, any shape. t(0) = 0 and t(1) = 1 exactly."""
@@ -89,6 +93,35 @@ class Clock(nn.Module):
     def tau(self, t):
         """tau(t), the inverse of t(tau)."""
         return interpolate(t, self.nodes[1], self.nodes[0])
+
+    def decodability(self, tau):
+        """The time input of the network: the paper's tau, which respace() does not change."""
+        return interpolate(self.t(tau), self.paper[1], self.paper[0])
+
+    def by_slice(self, nats, tau):
+        """The contribution (2, slices) of losses (B,) at times tau (B,) to `sums`."""
+        slices = (tau * self.sums.shape[1]).long().clamp(max=self.sums.shape[1] - 1)
+        both = torch.stack([nats, torch.ones_like(nats)])
+        return torch.zeros_like(self.sums).index_add_(1, slices, both)
+
+    def respace(self):
+        """Makes tau the mean of the decodability and of the share of the loss that is removed.
+
+        So half of the times are the paper's, and half are where the loss falls. The paper's alone
+        are rare at small t, where the length of a text and its frequent words are decided.
+        """
+        loss = (self.sums[0] / self.sums[1]).cummin(0).values  # in the middle of each slice
+        first = loss[0] + (loss[0] - loss[1]) / 2  # at tau = 0
+        fall = first - loss[-1]
+        if not fall > 0:
+            return  # or NaN: a slice has no loss yet
+        zero, one = loss.new_zeros(1), loss.new_ones(1)
+        removed = torch.cat([zero, (first - loss) / fall, one])
+        middle = (torch.arange(len(loss), device=loss.device) + 0.5) / len(loss)
+        t = self.t(torch.cat([zero, middle, one]))
+        tau = (self.paper[0] + interpolate(self.paper[1], t, removed)) / 2
+        self.nodes[0, :-1] = tau[:-1].clamp(max=1 - 2**-24)  # below 1, also in float32
+        self.sums.zero_()
 
 def interpolate(x, x_nodes, y_nodes):
     """The piecewise linear function through (x_nodes, y_nodes), evaluated at x (any shape)."""
@@ -368,7 +401,7 @@ class Transformer(nn.Module):
         super().__init__()
         D, L = config.width, config.seq_len
         self.config, self.V, self.bf16 = config, V, False
-        self.clock = Clock(V)
+        self.clock = Clock(V, config.clock == "adaptive")
         self.cached_factor = None, None
         self.embedding = nn.Parameter(torch.empty(V, D).uniform_(-1, 1) / math.sqrt(D))  # E
         # padded rows start with a document, so their absolute positions are informative
@@ -438,9 +471,9 @@ class Transformer(nn.Module):
         tokens, -1 where unknown; their state is not read.
         """
         L = state.shape[1]
-        cond = self.time_s(tau_s)
+        cond = self.time_s(self.clock.decodability(tau_s))
         if tau_t is not None:
-            cond = cond + self.time_t(tau_t)
+            cond = cond + self.time_t(self.clock.decodability(tau_t))
         cond = F.silu(cond)
         x = state
         if known is not None:
@@ -498,6 +531,7 @@ class Config:
     micro_batch_size: int = setting(0, "rows per forward pass; 0: by memory")
     optimizer: str = setting("adamw", "muon: for the blocks", choices=("adamw", "muon"))
     lr: float = setting(3e-4, "learning rate", most=1)
+    clock: str = setting("paper", "times of training", choices=("paper", "adaptive"))
     warmup: int = setting(2500, "steps in which the learning rate rises")
     decay: float = setting(0.0, "last share of the steps, in which it falls to 0", most=1)
     beta2: float = setting(0.999)  # of AdamW
@@ -528,11 +562,12 @@ class Config:
         return {name: getattr(self, name) for name in names[: names.index("run_dir")]}
 
 SMALL = dict(depth=4, width=128, heads=4, cond_width=64, dropout=0.0, time_scale=100.0, lr=1e-2,
-             optimizer="muon", decay=1.0, warmup=100, ema=0.99, log_every=20, tokenizer="bpe")
+             clock="adaptive", optimizer="muon", decay=1.0, warmup=100, ema=0.99, log_every=20,
+             tokenizer="bpe")
 PRESETS = {
     "sentences": SMALL | dict(
         vocab_size=2048, seq_len=20, packing=False, condition_prob=0.1,
-        max_steps=2000, batch_size=64, eval_every=500, eval_rows=256),
+        max_steps=3200, batch_size=32, lr=7e-3, eval_every=500, eval_rows=256),
     "words": SMALL | dict(
         tokenizer="chars", seq_len=16, packing=False, condition_prob=0.1, width=96, heads=3,
         max_steps=1600, batch_size=128, eval_every=400, eval_rows=256),
@@ -885,6 +920,9 @@ def train(model, loss, corpus, config, kind, sample):
 
     # the averaged weights (EMA) are evaluated, and used by all other programs
     average = copy.deepcopy(model).eval().requires_grad_(False)
+    average.clock = clock = model.clock
+    adaptive = config.clock == "adaptive" and kind == "flm"  # a map keeps the clock of its flow
+    adapt_every = max(1, config.max_steps // 20)
     optimizers = make_optimizers(model, config)
     first, log = 0, []
     if config.resume:
@@ -909,6 +947,8 @@ def train(model, loss, corpus, config, kind, sample):
     with remember_signals() as signals, bar:
         start = time.perf_counter()
         for step in range(first, config.max_steps):
+            done = step + 1
+
             # learning rate
             groups = [group for optimizer in optimizers for group in optimizer.param_groups]
             for group in groups:
@@ -916,16 +956,16 @@ def train(model, loss, corpus, config, kind, sample):
 
             # the gradient of all micro-batches; processes exchange it with the last one
             torch.manual_seed(config.seed + step * world() + rank())  # dropout
-            total = torch.zeros((), device=device)
+            sums = 0
             for i in range(begin, begin + local, micro):
                 rows = Rows(config.seed, step, range(i, i + micro), B)
                 numbers = [step * B + row for row in rows.index]  # batch() wraps around, shuffled
                 tokens = corpus.batch("train", numbers, config.seed)
                 more = world() > 1 and i + micro < begin + local
                 with objective.no_sync() if more else contextlib.nullcontext():
-                    nats, _ = objective(send(tokens, device), rows)
+                    nats, tau = objective(send(tokens, device), rows)
                     (nats.mean() * micro / local).backward()
-                total += nats.detach().mean() * micro / local
+                sums += clock.by_slice(nats.detach(), tau)
 
             # update the weights and their average, which forgets faster in the first steps
             norm = nn.utils.clip_grad_norm_(weights, config.clip)
@@ -936,15 +976,20 @@ def train(model, loss, corpus, config, kind, sample):
             torch._foreach_lerp_(averages, [p.detach() for p in weights], 1 - decay)
             bar.update()
 
+            # adapt the clock, in the first part of the training
+            sums = all_reduce(sums)
+            clock.sums += sums
+            if adaptive and done % adapt_every == 0 and done <= 0.6 * config.max_steps:
+                clock.respace()
+
             # stop on all processes in the same step
-            done = step + 1
             received = torch.tensor(signals[0] if signals else 0)
             stop = int(all_reduce(received, dist.ReduceOp.MAX))
             save = done % config.eval_every == 0 or done == config.max_steps or stop
 
             # log; reading the loss is what waits for the device
             if done % config.log_every == 0 or save:
-                nats, norm = (all_reduce(total) / world()).item(), norm.item()
+                nats, norm = sums[0].sum().item() / B, norm.item()
                 if not math.isfinite(nats + norm):
                     raise UserError(f"the loss of step {step} is not a number; {path.parent} keeps "
                                     "the last checkpoint; use a smaller --lr")

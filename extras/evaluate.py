@@ -14,7 +14,7 @@ entropy     of the token frequencies within a sample in nats, mean over samples.
 length      tokens per text, with its end token
 bigrams     entropy of the pooled bigrams of all samples in nats
 variation   total variation between bigrams of samples and of other held-out texts
-distinct    share of different samples; training, held_out: share of samples that occur there
+distinct    share of different samples; training: share that occurs in the training text
 """
 
 import argparse
@@ -22,7 +22,6 @@ import copy
 import json
 import math
 import sys
-import time
 from collections import Counter
 from functools import partial
 from itertools import chain, pairwise, product
@@ -173,7 +172,7 @@ class Text:
         """The measures of samples (n, L) by name."""
         texts, n = self.texts(rows), len(rows)
         others = self.heldout[n:] or self.heldout  # not those that are measured themselves
-        train, heldout = set(self.train), set(self.heldout)
+        train = set(self.train)
         return dict(
             perplexity=self.perplexity(judge, rows),
             entropy=mean(entropy(frequencies(text)) for text in texts),
@@ -181,8 +180,7 @@ class Text:
             bigrams=entropy(bigrams(texts)),
             variation=total_variation(bigrams(texts), bigrams(others)),
             distinct=len(set(texts)) / n,
-            training=mean(text in train for text in texts),
-            held_out=mean(text in heldout for text in texts))
+            training=mean(text in train for text in texts))
 
 def likelihood_bound(model, tokens, rows, last=0.999):
     """A bound on -log p at one random time per row: tokens (B, L) -> nats per position (B,), tau.
@@ -315,11 +313,10 @@ def sample_all(models, text, judge, args):
             cells += product([name], steps, sorted(temperatures))
     for name, steps, temperature in tqdm(cells, unit="cell", file=sys.stderr):
         options = dict(temperature=temperature) if temperature != 1 else {}
-        model, start = models[name.split()[0]], time.perf_counter()
+        model = models[name.split()[0]]
         rows = SAMPLERS[name](model, args.num_samples, steps, args.seed, **options)
-        seconds = time.perf_counter() - start
-        table.append(dict(model=name, steps=steps, temperature=temperature)
-                     | text.measure(judge, rows) | dict(seconds=seconds))
+        cell = dict(model=name, steps=steps, temperature=temperature)
+        table.append(cell | text.measure(judge, rows))
     return table
 
 def at_equal_entropy(table):

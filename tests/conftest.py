@@ -3,21 +3,21 @@
 import sys
 from pathlib import Path
 
-import pytest
 from hypothesis import HealthCheck, settings
 
-HERE = Path(__file__).parent.parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from test_flm import folder, one_thread_and_seed  # noqa: E402, F401
 
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None,
                           suppress_health_check=list(HealthCheck))
 settings.load_profile("repeatable")
 
-TEXT = "".join(f"{word} {i}\n" for i in range(300) for word in ("one", "twenty"))
+class Call:
+    """Unpickling it calls function("executed", "w")."""
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """An empty working folder with a small text."""
-    monkeypatch.chdir(tmp_path)
-    Path("a.txt").write_text(TEXT)
-    yield tmp_path
+    def __init__(self, function):
+        self.function = function
+
+    def __reduce__(self):
+        return self.function, ("executed", "w")

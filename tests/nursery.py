@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import resource
 import shlex
-import signal
 import sys
 import time
 from pathlib import Path
@@ -25,7 +24,6 @@ FORKS.set_forkserver_preload(
 def run_program(program, line, path, limits):
     """The body of a child: writes its stderr to `path`."""
     os.chdir(path.parent)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.stdout = open(1, "w", closefd=False)

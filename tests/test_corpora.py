@@ -9,18 +9,17 @@ import signal
 import socket
 import tarfile
 import threading
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tokenizers
 import torch
-from conftest import TEXT
 from nursery import Child
 
 import data
 from data import UserError
+from test_flm import TEXT
 
 TARBALL = data.LM1B_URL.split("/")[-1]
 ROOT = TARBALL.removesuffix(".tar.gz")
@@ -65,29 +64,27 @@ def folders():
 
 @pytest.fixture
 def site(miniature, folder, monkeypatch):
-    """A folder that is served over HTTP as if it were the place of the published tarball."""
-    shutil.copytree(miniature, "site")
-    handler = partial(http.server.SimpleHTTPRequestHandler, directory="site")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    checksum = hashlib.sha256(Path("site", TARBALL).read_bytes()).hexdigest()
+    """A copy of the tarball, served over HTTP as if it were the published one."""
+    path = Path(shutil.copy(miniature / TARBALL, TARBALL)).resolve()
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)  # serves the working folder
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(data, "LM1B_URL", f"http://127.0.0.1:{server.server_port}/{TARBALL}")
-    monkeypatch.setattr(data, "LM1B_SHA256", checksum)
+    monkeypatch.setattr(data, "LM1B_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield Path("site")
+    yield path
     server.shutdown()
 
 def test_lm1b_is_downloaded_and_tokenised_once(miniature, site):
-    path = site / TARBALL
-    good = path.read_bytes()
+    good = site.read_bytes()
     for content in (good[:999] + b"?" + good[1000:], good[:5000], None):
-        path.write_bytes(content) if content else path.unlink()
+        site.write_bytes(content) if content else site.unlink()
         assert "cannot be read" in one_line()
         assert not folders() and not [*Path("data/lm1b").iterdir()]
-    path.write_bytes(good)
+    site.write_bytes(good)
     corpus = prepare()
     assert_tokens_of(corpus, miniature)
-    path.unlink()  # neither the tarball nor the token files are made again
+    site.unlink()  # neither the tarball nor the token files are made again
     assert prepare().meta == corpus.meta and prepare(tokenizer="bpe", vocab_size=300).meta
 
 @pytest.mark.parametrize("silent", [False, True])
@@ -195,6 +192,7 @@ def test_an_epoch_contains_every_row_once_and_batches_are_pure(packing):
         start = rows[:, :1]
         assert torch.equal(rows, (start + torch.arange(13)) % 100) and len(rows.unique()) == 91
         assert torch.equal(corpus.batch("train", [epoch + 5, epoch], 3), rows[[5, 0]])
+        assert not torch.equal(corpus.batch("train", range(epoch, epoch + 7), seed=2), rows)
         orders.add(tuple(start.flatten().tolist()))
         offsets |= set((start % 13).flatten().tolist())
     assert len(orders) == 6 and (len(offsets) > 2 if packing else offsets == {0})

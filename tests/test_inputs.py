@@ -20,9 +20,9 @@ import data
 import distill
 import flm
 from data import UserError
+from test_flm import TEXT, TINY
 
-FLOW = ("--depth 1 --width 8 --heads 1 --batch-size 4 --eval-every 1 --max-steps 1 --device cpu "
-        "--dataset a.txt --tokenizer chars --no-packing --seq-len 16 --run-dir r").split()
+FLOW = f"{TINY} --width 8 --eval-every 1 --max-steps 1 --run-dir r".split()
 MAP = "--run-dir r --device cpu".split()
 SAMPLE = [*MAP, *"--sample --num-samples 2 --sample-steps 2".split()]
 
@@ -45,7 +45,7 @@ def run_folder(tmp_path_factory):
     """A run folder r with a flow and a map, and its copy `good`. Later commands do not train."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("inputs"))
-        Path("a.txt").write_text("".join(f"{word} {i}\n" for i in range(60) for word in ("a", "b")))
+        Path("a.txt").write_text(TEXT)
         assert not attempt(flm, [*FLOW, "--condition-prob", ".5"])
         assert not attempt(distill, [*MAP, "--max-steps", "1"])
         shutil.copytree("r", "good")
@@ -61,8 +61,22 @@ def tokenizers():
     corpora = [data.prepare("a.txt", kind, 16, False, 280) for kind in ("chars", "bpe")]
     return {corpus.tokenizer.kind: corpus.tokenizer for corpus in corpora}
 
-def check_text(content, kind, packing):
+odd = st.sampled_from([b"\n", b"\r\n", b"\xef\xbb\xbf", b"\0", b" \t\n", b"\x1c\n", b"a b\n"])
+line = st.text(st.characters(exclude_categories=["Cs"]), max_size=60).map(str.encode)
+texts = st.lists(line | line | odd | st.binary(max_size=4), max_size=20).map(b"".join)
+kinds = st.sampled_from(["chars", "bpe"])
+
+@settings(max_examples=100)
+@given(texts, kinds, st.booleans())
+@example(b"a", "bpe", False)
+@example(b"ok\na\xed\xa0\x80b\n", "chars", True)
+@example("utf16\n".encode("utf-16"), "bpe", True)
+@example(b"ab " * 2**18, "chars", True)
+@example(b"a\n" + b"b" * 2**14 + b"\n\nc", "bpe", False)
+@example("e\u0301 \u05e9\u05dc a\u2028b\x85c\x0cd\r\n".encode() * 40, "chars", False)
+def test_texts(content, kind, packing):
     """Rows decode to the documents of the text, or a UserError gives the reason."""
+    shutil.rmtree("data", ignore_errors=True)
     Path("c.txt").write_bytes(content)
     L, documents = 2 if packing else 32, None
     with contextlib.suppress(UnicodeDecodeError):
@@ -88,23 +102,6 @@ def check_text(content, kind, packing):
         rows = [corpus.batch(split, range(corpus.rows(split))) for split in written]
         decoded = [corpus.tokenizer.decode(row) for row in torch.cat(rows)]
     assert Counter(decoded) == Counter(short)
-
-odd = st.sampled_from([b"\n", b"\r\n", b"\xef\xbb\xbf", b"\0", b" \t\n", b"\x1c\n", b"a b\n"])
-line = st.text(st.characters(exclude_categories=["Cs"]), max_size=60).map(str.encode)
-texts = st.lists(line | line | odd | st.binary(max_size=4), max_size=20).map(b"".join)
-kinds = st.sampled_from(["chars", "bpe"])
-
-@settings(max_examples=100)
-@given(texts, kinds, st.booleans())
-@example(b"a", "bpe", False)
-@example(b"ok\na\xed\xa0\x80b\n", "chars", True)
-@example("utf16\n".encode("utf-16"), "bpe", True)
-@example(b"ab " * 2**18, "chars", True)
-@example(b"a\n" + b"b" * 2**14 + b"\n\nc", "bpe", False)
-@example("e\u0301 \u05e9\u05dc a\u2028b\x85c\x0cd\r\n".encode() * 40, "chars", False)
-def test_texts(content, kind, packing):
-    check_text(content, kind, packing)
-    shutil.rmtree("data")
 
 pieces = st.sampled_from(["a", " ", "[MASK]", "[MASK:3]", "[MASK:9999]", "[MASK:x]", "_", "\n"])
 prompts = st.text(max_size=8) | st.lists(pieces, max_size=12).map("".join)

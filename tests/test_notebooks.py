@@ -1,12 +1,11 @@
 """The notebooks run from top to bottom in an empty folder. Their cells assert their claims."""
 
-from pathlib import Path
-
 import nbclient
 import nbformat
 import pytest
 
-HERE = Path(__file__).parent.parent
+from test_flm import HERE
+
 NOTEBOOKS = sorted((HERE / "notebooks").glob("*.ipynb"))
 assert len(NOTEBOOKS) == 3
 

@@ -9,7 +9,7 @@ import torch
 import distill
 import flm
 from extras import objectives
-from test_flm import ExactFlow
+from test_flm import TINY, ExactFlow, all_rows, run
 
 class SmoothFlow(ExactFlow):
     """ExactFlow with a Newton step after its bisection, which gives the map its derivatives."""
@@ -42,7 +42,7 @@ def gradients(loss, model):
     """The largest gradient of the output in each of 512 rows."""
     torch.manual_seed(0)
     tokens = (torch.rand(512, 1) < model.p).long()
-    loss(model, tokens, flm.Rows(0, 0, range(512), 512))[0].sum().backward()
+    loss(model, tokens, all_rows(512))[0].sum().backward()
     return model.theta.grad.abs().amax((1, 2))
 
 @pytest.mark.parametrize("objective", [objectives.lagrangian, objectives.eulerian])
@@ -70,15 +70,14 @@ def test_a_correction_has_no_cap():
 def test_every_objective_writes_a_map(folder, objective):
     """Rows of 80 tokens use fused attention, which has no forward-mode derivative. A resumed run
     gives the weights of an uninterrupted one."""
-    flm.main(("--dataset a.txt --run-dir run --max-steps 3 --batch-size 4 --seq-len 80 --depth 1 "
-              "--width 16 --heads 2 --eval-every 3 --device cpu").split())
-    run = f"--objective {objective} --run-dir run --max-steps 4 --eval-every 1 --device cpu"
-    objectives.main(run.split())
-    model = flm.load("run/fmlm.pt")
+    run(flm, f"{TINY} --tokenizer bpe --packing --seq-len 80 --max-steps 3 --run-dir r")
+    flags = f"--objective {objective} --run-dir r --max-steps 4 --eval-every 1 --device cpu"
+    run(objectives, flags)
+    model = flm.load("r/fmlm.pt")
     assert model.kind == "fmlm" and distill.sample(model, 2, 2, seed=0).shape == (2, 80)
-    assert torch.equal(model.embedding, flm.load("run/flm.pt").embedding)
+    assert torch.equal(model.embedding, flm.load("r/flm.pt").embedding)
     assert model.time_t.mlp[2].weight.abs().max() > 0  # it was 0 at first
 
-    Path("run/fmlm.prev.pt").replace("run/fmlm.pt")  # one step earlier
-    objectives.main([*run.split(), "--resume"])
-    assert all(map(torch.equal, model.parameters(), flm.load("run/fmlm.pt").parameters()))
+    Path("r/fmlm.prev.pt").replace("r/fmlm.pt")  # one step earlier
+    run(objectives, f"{flags} --resume")
+    assert all(map(torch.equal, model.parameters(), flm.load("r/fmlm.pt").parameters()))

@@ -2,11 +2,9 @@
 
 import html
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,11 +12,12 @@ import torch
 
 import distill
 import flm
+from extras import page
+from test_flm import TINY, run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
          "--disable-background-networking --disable-component-update --virtual-time-budget=30000")
-TINY = "--depth 1 --width 16 --heads 2 --batch-size 8 --seq-len 12 --tokenizer chars --no-packing"
 DRIVE = """<script>
 addEventListener("load", async () => {
   const columns = () => spans.map(rows => rows.map(row => row.map(x => x.textContent).join("")));
@@ -45,21 +44,18 @@ onmessage = event => { document.body.innerText = `<pre>${event.data}</pre>`; };
 def folder(tmp_path_factory):
     """A flow and its map after a few steps on a small text, and their page."""
     folder = tmp_path_factory.mktemp("page")
-    Path(folder, "a.txt").write_text("".join(f"a <b> {i}\n" for i in range(900)))
-    root = Path(flm.__file__).parent
-    for line in (f"{root}/flm.py --dataset a.txt --run-dir r --max-steps 40 {TINY}",
-                 f"{root}/distill.py --run-dir r --max-steps 4",
-                 "-m extras.page --run-dir r --out page.html --sample-steps 8 --map-steps 2"):
-        done = subprocess.run([sys.executable, *line.split()], cwd=folder, capture_output=True,
-                              text=True, env=os.environ | {"PYTHONPATH": str(root)})
-        assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        Path("a.txt").write_text("".join(f"a <b> {i}\n" for i in range(900)))
+        run(flm, f"{TINY} --run-dir r --max-steps 40")
+        run(distill, "--run-dir r --max-steps 4")
+        run(page, "--run-dir r --out page.html --sample-steps 8 --map-steps 2")
     return folder
 
 def drive(folder, *flags):
     if not CHROMIUM:
         pytest.skip("needs chromium")
-    page = (folder / "page.html").read_text()
-    (folder / "driven.html").write_text(page + DRIVE)
+    (folder / "driven.html").write_text((folder / "page.html").read_text() + DRIVE)
     (folder / "phone.html").write_text(PHONE)
     done = subprocess.run([CHROMIUM, *FLAGS.split(), *flags, f"--user-data-dir={folder}/profile",
                            "--dump-dom", (folder / "phone.html").as_uri()],
@@ -86,5 +82,5 @@ def test_dark_mode_and_reduced_motion(folder):
     assert dark["autoplay"] == "Play"  # starts only if asked to
 
 def test_page_is_small_and_needs_no_network(folder):
-    page = (folder / "page.html").read_text()
-    assert len(page.encode()) <= 300 * 1024 and not re.search(r"https?:|src=|@import|url\(", page)
+    text = (folder / "page.html").read_text()
+    assert len(text.encode()) <= 300 * 1024 and not re.search(r"https?:|src=|@import|url\(", text)
