@@ -144,8 +144,7 @@ def test_an_adaptive_clock_spends_half_of_its_time_where_the_loss_falls():
     """The loss falls from 3 to 1, linearly in the paper's tau, and is constant after tau = 1/2.
 
     Then the new time is (tau + 2 tau) / 2 in the first half and (tau + 1) / 2 in the second, to the
-    error of linear interpolation between 10 slices of t. The same loss in the new slices changes
-    nothing more. The paper's tau remains the time input.
+    error of linear interpolation between slices. The time input remains the paper's tau.
     """
     clock, paper = flm.Clock(27), flm.Clock(27)
     for _ in range(4):
@@ -157,21 +156,10 @@ def test_an_adaptive_clock_spends_half_of_its_time_where_the_loss_falls():
             assert abs(clock.tau(paper.t(tau)) - new) < 0.02
             assert abs(clock.decodability(clock.tau(paper.t(tau))) - tau) < 1e-5
         assert clock.t(torch.tensor([0.0, 1.0])).tolist() == [0, 1]
-    nodes = clock.nodes.clone()
-    clock.respace()  # without a loss in every slice
-    assert torch.equal(clock.nodes, nodes) and not clock.sums.any()
+    clock.respace()  # does nothing without a loss in every slice
+    assert abs(clock.decodability(torch.tensor(0.3)) - 0.2) < 0.02 and not clock.sums.any()
     sums = clock.by_slice(torch.tensor([3.0, 4.0, 5.0]), torch.tensor([0, 0.52, 1]))
     assert sums.sum() == 15 and sums[:, [0, 5, 9]].tolist() == [[3, 4, 5], [1, 1, 1]]
-
-def test_decodability_is_the_frequency_of_a_correct_argmax():
-    """200,000 noisy one-hots, V = 10: binomial standard error below .0011; 4 of them."""
-    x = torch.randn(200_000, 10) * 0.4
-    x[:, 3] += 0.6
-    right = (x.argmax(-1) == 3).double().mean()
-    tau = flm.decodability(torch.tensor([0.6], dtype=torch.float64), 10)
-    assert abs((10 * right - 1) / 9 - tau) < 4 * 0.0011 * 10 / 9
-
-# ------------------------------------------------------------------------------------ samplers
 
 def test_euler_converges_to_the_source_as_theory_predicts():
     """Total variation with the exact denoiser; the figures are from 2,000,000 paths. With 200,000,
