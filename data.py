@@ -1,9 +1,9 @@
-"""Text to batches of token ids: corpora, tokenizers and memory-mapped token files.
+"""Converts text to batches of token ids: corpora, tokenizers and memory-mapped token files.
 
     corpus = prepare("sentences", tokenizer="bpe", vocab_size=2048, seq_len=20, packing=False)
     corpus.batch("train", rows=range(64))      # (64, 20) token ids, a pure function of the rows
 
-A corpus is an embedded text, a UTF-8 text file with one document per line (.txt, .gz, .xz), lm1b
+A corpus is a text of corpora/, a UTF-8 text file with one document per line (.txt, .gz, .xz), lm1b
 or owt. It is tokenised once into data/NAME-KEY/. KEY is a hash of the text and of all settings.
 """
 
@@ -54,7 +54,7 @@ class UserError(Exception):
 class Source:
     """A corpus before tokenisation.
 
-    read() yields (split, texts), about 1 MiB of documents at a time and the same ones at each call.
+    Each call of read() yields the same pairs (split, texts), with about 1 MiB of documents each.
     split is "train" or "heldout", or None if the corpus has no split of its own.
     """
 
@@ -64,11 +64,11 @@ class Source:
     documents: int | None = None  # for the progress bar
 
 def find_source(dataset, data_dir=""):
-    """The source of `dataset`. Downloads nothing before it is read. Raises UserError."""
+    """The Source of `dataset`. A download starts only when it is read. Raises UserError."""
     if data_dir and dataset not in ("lm1b", "owt"):
         raise UserError(f"--data-dir {data_dir}: only for lm1b and owt; pass a file as --dataset")
     if data_dir and not os.path.exists(data_dir):
-        raise UserError(f"--data-dir {data_dir}: no such file or folder")
+        raise UserError(f"--data-dir {data_dir}: no such file or folder; check the path")
     if dataset == "lm1b":
         return lm1b(data_dir)
     if dataset == "owt":
@@ -82,7 +82,7 @@ def find_source(dataset, data_dir=""):
 
 @contextlib.contextmanager
 def readable(name, fix="replace the file"):
-    """Turns any error of reading a file or a download into a UserError that names it."""
+    """Turns any error of reading a file or a download into a UserError that contains `name`."""
     try:
         yield
     except Exception as error:  # each format raises its own kinds
@@ -94,13 +94,13 @@ def first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 def read_lines(file):
-    """The lines of a UTF-8 file that are not blank, in lists of about 1 MiB."""
+    """Yields the non-blank lines of a UTF-8 file in lists of about 1 MiB."""
     text = TextIOWrapper(file, encoding="utf-8-sig", newline="\n")
     while lines := text.readlines(2**20):
         yield [line.rstrip("\r\n") for line in lines if not line.isspace()]
 
 def read_text(path):
-    """Reads a .txt, .gz or .xz file."""
+    """Yields (None, lines) of a .txt, .gz or .xz file, about 1 MiB at a time."""
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     with readable(path), opener(path, "rb") as file:
         for lines in read_lines(file):
@@ -134,20 +134,20 @@ def lm1b_split(name):
     return next((split for split, regex in LM1B_SPLITS.items() if regex.search(name)), None)
 
 def lm1b(data_dir):
-    """The published tarball: downloaded on first use, or a local file or its folder."""
+    """The Source of the published tarball: downloaded on first use, or local (file or folder)."""
     path = Path(data_dir or "data/lm1b")
     if path.is_dir() or not data_dir:
         path = path / LM1B_URL.split("/")[-1]
     if data_dir and not path.is_file():
-        raise UserError(f"--data-dir {data_dir}: needs {path.name}")
+        raise UserError(f"--data-dir {data_dir}: contains no {path.name}; download it")
     identity = f"{path.name} {path.stat().st_size}" if data_dir else LM1B_SHA256
     return Source("lm1b", identity, lambda: read_lm1b(path), LM1B_DOCUMENTS)
 
 def read_lm1b(path):
-    """Reads the tarball as a stream, without unpacking it to disk."""
+    """Yields (split, texts) of the tarball, read as a stream without unpacking it to disk."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        print("downloading lm1b (1.8 GB), then tokenising it; this takes long", file=sys.stderr)
+        print("downloading and tokenising lm1b (1.8 GB); this takes a long time", file=sys.stderr)
         with readable("--dataset lm1b", "check the network, or pass a copy as --data-dir"):
             torch.hub.download_url_to_file(LM1B_URL, path, hash_prefix=LM1B_SHA256)
     found = set()
@@ -157,14 +157,14 @@ def read_lm1b(path):
                 found.add(split)
                 for lines in read_lines(tar.extractfile(member)):
                     yield split, detokenise(lines)
-        unpacked.read()  # to the end, where the checksum is
+        unpacked.read()  # to the end, where gzip verifies its checksum
     if found != LM1B_SPLITS.keys():
         raise UserError(f"{path}: not the lm1b tarball; delete it, or pass another --data-dir")
 
 # OpenWebText (Gokaslan and Cohen 2019): 8 million web pages as parquet files.
 
 def owt(data_dir):
-    """OpenWebText from the Hugging Face hub, or a folder of parquet or text files."""
+    """The Source of OpenWebText: the Hugging Face hub, or a folder of parquet or text files."""
     if not data_dir:
         return Source("owt", OWT_REPOSITORY, lambda: hold_out_last(download_owt()), OWT_DOCUMENTS)
     files = sorted(path for path in Path(data_dir).rglob("*")
@@ -175,42 +175,42 @@ def owt(data_dir):
     return Source("owt", listing, lambda: hold_out_last(files))
 
 def download_owt():
-    """The parquet files, downloaded on first use."""
+    """The paths of the parquet files, which are downloaded on first use."""
     import huggingface_hub
 
-    print("downloading owt (24 GB), then tokenising it; this takes long", file=sys.stderr)
+    print("downloading and tokenising owt (24 GB); this takes a long time", file=sys.stderr)
     with readable("--dataset owt", "check the network, or pass a copy as --data-dir"):
         folder = huggingface_hub.snapshot_download(
             OWT_REPOSITORY, repo_type="dataset", allow_patterns="*.parquet")
     return sorted(Path(folder).rglob("*.parquet"))
 
 def read_parquet(path):
-    """Reads the column `text`."""
+    """Yields (None, texts) of the column `text`, 256 documents at a time."""
     try:
         import pyarrow.parquet
     except ImportError:
         raise UserError("--dataset owt: parquet files need pyarrow; pip install pyarrow") from None
     with readable(path), pyarrow.parquet.ParquetFile(path) as file:
         if "text" not in file.schema_arrow.names:
-            raise UserError(f"{path}: has no column named text; rename its column")
+            raise UserError(f"{path}: has no column `text`; rename the column of the texts")
         for batch in file.iter_batches(256, columns=["text"]):
             texts = batch.column(0).to_pylist()
             yield None, [text for text in texts if text and not text.isspace()]
 
 def hold_out_last(files):
-    """The last 100,000 documents are held out, as in the paper, but at most one in 20."""
+    """Yields (split, texts). The last documents are held out: 100,000, but at most one in 20."""
     def read():
         for path in files:
             yield from read_parquet(path) if path.suffix == ".parquet" else read_text(path)
     total = sum(len(texts) for _, texts in read())
-    left = total - min(100_000, total // HELD_OUT)
+    left = total - min(100_000, total // HELD_OUT)  # 100,000 as in the paper
     for _, texts in read():
         yield "train", texts[:left]
         yield "heldout", texts[left:]
         left = max(0, left - len(texts))
 
 def read_split(source):
-    """Yields (split, texts) of a source; a missing split is chosen by a hash of the line."""
+    """Yields (split, texts) of a source. If it has no split, a hash of each line selects one."""
     for split, texts in source.read():
         if split:
             yield split, texts
@@ -228,7 +228,7 @@ class Tokenizer:
 
     content: what tokenizer.json contains, enough to rebuild the tokenizer.
         {"kind": "chars", "chars": str}, {"kind": "bpe" or "bert-base-uncased", "model": str},
-        {"kind": "gpt2"}, or {"kind": "ids", "vocab_size": int} if only the number is known.
+        {"kind": "gpt2"}, or {"kind": "ids", "vocab_size": int} if only the size is known.
     """
 
     def __init__(self, content):
@@ -241,7 +241,7 @@ class Tokenizer:
         elif self.kind == "gpt2":
             import tiktoken
 
-            with readable("--tokenizer gpt2", "connect once, or set TIKTOKEN_CACHE_DIR"):
+            with readable("--tokenizer gpt2", "check the network, or set TIKTOKEN_CACHE_DIR"):
                 self.codec = tiktoken.get_encoding("gpt2")
             self.begin = self.end = self.codec.eot_token
             self.vocab_size = self.codec.n_vocab + 1  # the paper adds a padding token
@@ -259,12 +259,12 @@ class Tokenizer:
     def encode(self, texts):
         """A list of token ids for each text, without an end token. Raises UserError."""
         if self.kind == "ids":
-            raise UserError("this model's tokenizer is unknown; convert it with --dataset")
+            raise UserError("the tokenizer of this model is unknown; convert it with --dataset")
         if self.kind == "chars":
             try:
                 return [[self.ids[char] for char in text] for text in texts]
             except KeyError as error:
-                raise UserError(f"the character {error} is not in the vocabulary") from None
+                raise UserError(f"character {error} is not in the vocabulary; remove it") from None
         if self.kind != "gpt2":
             return [e.ids for e in self.codec.encode_batch_fast(texts, add_special_tokens=False)]
         # tiktoken's own batch call starts one task per text, which is slower on short texts
@@ -275,7 +275,7 @@ class Tokenizer:
             return list(chain.from_iterable(encoded))
 
     def decode(self, ids):
-        """The text of a row of ids. An end token inside it becomes a line break."""
+        """The text of a row of ids. A begin or end token inside it becomes a line break."""
         pieces = [[]]
         for i in map(int, ids):
             if i in (self.begin, self.end):
@@ -316,11 +316,11 @@ def make_tokenizer(kind, source, vocab_size):
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     if kind == "bert-base-uncased":
-        with readable(f"--tokenizer {kind}", "connect once"):
+        with readable(f"--tokenizer {kind}", "check the network"):
             model = urllib.request.urlopen(BERT_URL).read().decode()
             return Tokenizer({"kind": kind, "model": model})
     if vocab_size < 257:
-        raise UserError(f"--vocab-size {vocab_size}: must be at least 257, for all bytes")
+        raise UserError(f"--vocab-size {vocab_size}: must be at least 257 (256 bytes and 1 end)")
     codec = Codec(models.BPE())
     codec.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     codec.decoder = decoders.ByteLevel()
@@ -333,7 +333,7 @@ def make_tokenizer(kind, source, vocab_size):
     return Tokenizer({"kind": kind, "model": codec.to_str()})
 
 def first_characters(source, limit):
-    """Training documents of `limit` characters in total, or all documents of a tiny corpus."""
+    """Training documents of about `limit` characters, or all documents if none is for training."""
     count = 0
     for split, texts in read_split(source):
         if split == "train" and count < limit:
@@ -377,7 +377,7 @@ class Corpus:
                 order, offset = shuffle(seed, int(epoch), n)
                 here = row // n == epoch
                 start[here] = order[row[here] % n] * L + self.packing * (offset % L)
-        index = (start[:, None] + np.arange(L)) % len(tokens)  # the text is circular
+        index = (start[:, None] + np.arange(L)) % len(tokens)  # wraps around at the end
         ids = np.full((len(row), self.seq_len), self.tokenizer.end)
         ids[:, self.frame : self.seq_len - self.frame] = tokens[index]
         if self.frame:
@@ -393,8 +393,8 @@ def shuffle(seed, epoch, n):
 def prepare(dataset, tokenizer, seq_len, packing, vocab_size=0, data_dir="", cache="data"):
     """The Corpus of these settings: tokenised, or from the token files of an earlier call.
 
-    packing joins documents with end tokens and cuts rows of seq_len tokens. Without it, a row is
-    one document, padded with end tokens; longer documents are skipped. Raises UserError.
+    packing: joins documents with end tokens and cuts rows of seq_len tokens. Otherwise, a row is
+    one document, padded with at least one end token; longer ones are skipped. Raises UserError.
     """
     from filelock import FileLock
 
@@ -422,10 +422,10 @@ def prepare(dataset, tokenizer, seq_len, packing, vocab_size=0, data_dir="", cac
     corpus = Corpus(codec, splits, meta, seq_len, packing)
     usable = [split for split in splits if corpus.rows(split)]
     if not usable:
-        raise UserError(f"{dataset}: no row of --seq-len {seq_len} tokens; use a smaller one"
-                        if packing else f"{dataset}: all {skipped} documents are longer "
-                        f"than --seq-len {seq_len}; use a larger one or --packing")
-    for split in ("train", "heldout"):  # a tiny corpus uses one split for both
+        raise UserError(f"{dataset}: shorter than a row of --seq-len {seq_len}; use a smaller one"
+                        if packing else f"{dataset}: all {skipped} documents have --seq-len "
+                        f"{seq_len} or more tokens; use a larger one or --packing")
+    for split in ("train", "heldout"):  # a tiny corpus has one split, used for both
         if split not in usable:
             splits[split] = splits[usable[0]]
     return corpus
@@ -449,7 +449,7 @@ def write_corpus(folder, source, settings):
 def write_tokens(folder, source, tokenizer, seq_len):
     """Tokenises a source into folder/{train,heldout}.bin; returns counts for meta.json.
 
-    seq_len: pads every document to this length and skips longer ones; None: no padding.
+    seq_len: pads documents to this length, skips those that do not fit; None: neither.
     """
     from tqdm import tqdm
 

@@ -74,38 +74,56 @@ def mean_denoiser(model, known=None):
 
 # ------------------------------------------------------------------------------------- 2. Loss
 
-FULL = 1 / 32  # share of the journeys that go from noise to data
+LATEST = 63 / 64  # the last time before data: where 64 Euler steps evaluate the last denoiser
+ENDS = 1 / 4  # share of the journeys that end at the data, and half of these start at the noise
 
 def semigroup(delta, denoiser, model, state, tau_s, tau_t):
     """Target for delta_{s,t}: the journey in two halves, s to u and u to t, u midway in tau.
 
     delta_{s,t}(x) = w delta_{s,u}(x) + (1-w) delta_{u,t}(X_{s,u}(x)),
     w = (1-t)(u-s) / ((1-u)(t-s)). `denoiser` is not needed; other objectives use it.
+
+    A journey to t = 1 ends with one Euler step from u = LATEST, like the text of a flow:
+    delta_{s,1}(x) = delta_{u,u}(X_{s,u}(x)). With u midway, w is 0, and the property holds for
+    every delta_{u,1} that depends on the end of a trajectory only: nothing would fix its value.
     """
-    tau_u = (tau_s + tau_t) / 2
+    ends = tau_t == 1
+    tau_u = torch.where(ends, LATEST, (tau_s + tau_t) / 2)
     s, u, t = times(model, tau_s, tau_u, tau_t)
     first = delta(state, tau_s, tau_u)
-    second = delta(flow_map(model, state, first, tau_s, tau_u), tau_u, tau_t)
+    second = flow_map(model, state, first, tau_s, tau_u)
+    second = delta(second, tau_u, torch.where(ends, tau_u, tau_t))
     w = (1 - t) * (u - s) / ((1 - u) * (t - s))
     w = torch.where(t - s < 1e-6, 0.5, w)  # the limit
     w = torch.where(t == 1, 0.0, w)  # also if u rounds to 1
     return torch.lerp(second, first, w)
 
-def map_loss(teacher, objective=semigroup, latest=1.0):
+def draw_journeys(rows, device, latest=LATEST, ends=ENDS):
+    """Times tau_s, tau_t (B,) of journeys. A share `ends` of them leads to the data, tau_t = 1.
+
+    Half of these start at the noise, the others anywhere up to `latest`. Of all other journeys, the
+    duration is uniform, then the start; they end at `latest` at most.
+    """
+    tau = rows.times(device)
+    start = rows.uniform((), device, "start")
+    duration = latest * tau / (1 - ends)
+    to_data = tau >= 1 - ends
+    tau_s = torch.where(to_data, latest * (2 * start - 1), (latest - duration) * start)
+    tau_s = tau_s.clamp(min=0)
+    return tau_s, torch.where(to_data, 1, tau_s + duration)
+
+def map_loss(teacher, objective=semigroup, latest=LATEST, ends=ENDS):
     """The loss of a flow map, in nats per unknown position above the entropy of the target.
 
     Even rows of a batch have s = t; their target is the teacher's D_t, or the tokens if there is
     no teacher. Odd rows are journeys from s to t; their target is `objective` of the network
-    itself, without gradient. The true map has loss 0. Times end at tau = `latest`.
+    itself, without gradient. The true map has loss 0.
     """
     def loss(model, tokens, rows):
-        # journeys: the duration is stratified, then the start is uniform
         tau = rows.times(tokens.device)
         even = slice(rows.index.start % 2, None, 2)
         odd = slice(1 - rows.index.start % 2, None, 2)
-        duration = latest * (tau / (1 - FULL)).clamp(max=1)
-        tau_s = (latest - duration) * rows.uniform((), tokens.device, "start")
-        tau_t = tau_s + duration
+        tau_s, tau_t = draw_journeys(rows, tokens.device, latest, ends)
         tau_s[even] = tau_t[even] = tau[even]
         (s,) = times(model, tau_s)
         state = torch.lerp(model.noise(rows), model.clean(tokens), s)

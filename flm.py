@@ -11,14 +11,14 @@ Paper: "One-step Language Modeling via Continuous Denoising", arXiv 2602.16813.
 Differences from a GPT, marked [FLM] below:
     - The input is a noisy one-hot vector per position: x_t = (1-t) x0 + t x1 in R^V, with x0
       Gaussian noise and x1 the one-hot token. t = 0 is noise, t = 1 is data. The network reads
-      x_t only through x_t E, with E (V, D) its input embedding. So the code keeps the product:
-      a `state` (B, L, D).
+      x_t only through x_t E, with E (V, D) its input embedding. So the code stores only this
+      product, the `state` (B, L, D).
     - The network predicts all clean tokens from the state and the time. Attention is not causal.
-    - Time is measured by tau(t): the accuracy of decoding a noisy token, rescaled so that a guess
-      has 0.
+    - Training and sampling are uniform in tau(t), not in t. The paper's tau is the accuracy of
+      decoding a noisy token, rescaled to 0 for a guess. Clock.respace() adapts it to the text.
     - A text is written by solving an ordinary differential equation from noise to data.
 distill.py turns a flow into a flow map (FMLM), which jumps from a time tau_s to a later tau_t in
-one evaluation. The second time input of the network is for it.
+one evaluation. Only a flow map uses the second time input of the network.
 B, L, V, D: batch size, sequence length, vocabulary size, network width.
 """
 
@@ -54,9 +54,10 @@ from data import UserError, first_line, readable
 def decodability(t, V):
     """tau(t) = (V P - 1)/(V - 1), where P is the probability that argmax x_t is the clean token.
 
-    P = E[Phi(z + m)^(V-1)] with z ~ N(0, 1) and m = t/(1-t): the clean coordinate, in units of
-    the noise, must exceed V - 1 others. The trapezoid rule on 401 nodes is exact to 1e-14.
-    t: float64, any shape, in [0, 1). tau rises from 0 (a guess) to 1.
+    P = E[Phi(z + m)^(V-1)] with m = t/(1-t). In units of the noise, the clean coordinate is z + m,
+    z ~ N(0, 1), and each of the V - 1 others is below it with probability Phi(z + m). The
+    trapezoid rule on 401 nodes is exact to 1e-14.
+    t: float64, any shape, in [0, 1). tau rises from 0 (a random guess) to 1.
     """
     z = torch.linspace(-12, 12, 401, dtype=torch.float64)
     m = (t / (1 - t))[..., None]
@@ -67,9 +68,9 @@ def decodability(t, V):
 class Clock(nn.Module):
     """[FLM] Time re-parameterisation: t as a function of tau in [0, 1].
 
-    Training and sampling are uniform in tau. With uniform t, most steps would be spent where every
-    token is still undecided or already decided. In the paper, tau is the decodability of a token.
-    respace() adapts tau to a text.
+    Training and sampling are uniform in tau, so tau(t) is the cumulative distribution of their
+    times. With uniform t, most steps would be spent where every token is still undecided or already
+    decided. The paper's tau is the decodability of a token. respace() adapts tau to the text.
     """
 
     def __init__(self, V, adaptive=False, nodes=4096, slices=10):
@@ -77,8 +78,8 @@ class Clock(nn.Module):
         t = torch.arange(nodes, dtype=torch.float64) / nodes
         tau = decodability(t, V).float()
         tau[0] = 0
-        tau = tau.cummax(0).values  # removes rounding errors near tau = 0
-        below, one = tau < 1, torch.ones(1)  # in float32, tau reaches 1 before t does
+        # in float32, tau reaches 1 before t does; only the last node may be 1, or t(1) would be 0/0
+        below, one = tau < 1, torch.ones(1)
         tau = torch.cat([tau[below], one])
         t = torch.cat([t[below].float(), one])
         self.register_buffer("paper", torch.stack([tau, t]), persistent=False)
@@ -94,8 +95,9 @@ class Clock(nn.Module):
         """tau(t), the inverse of t(tau)."""
         return interpolate(t, self.nodes[1], self.nodes[0])
 
-    def decodability(self, tau):
-        """The time input of the network: the paper's tau, which respace() does not change."""
+    def paper_tau(self, tau):
+        """The paper's tau at the time t(tau). It is the time input of the network, because
+        respace() does not change it."""
         return interpolate(self.t(tau), self.paper[1], self.paper[0])
 
     def by_slice(self, nats, tau):
@@ -105,22 +107,24 @@ class Clock(nn.Module):
         return torch.zeros_like(self.sums).index_add_(1, slices, both)
 
     def respace(self):
-        """Makes tau the mean of the decodability and of the share of the loss that is removed.
+        """Sets tau(t) to the mean of the decodability and the relative fall of the loss up to t.
 
-        So half of the times are the paper's, and half are where the loss falls. The paper's alone
-        are rare at small t, where the length of a text and its frequent words are decided.
+        The mean of two distributions: half of the times are the paper's, and half are where the
+        loss falls. The paper's alone are rare at small t, where the length of a text and its
+        frequent words are decided.
         """
-        loss = (self.sums[0] / self.sums[1]).cummin(0).values  # in the middle of each slice
+        loss = self.sums[0] / self.sums[1]  # in the middle of each slice
+        loss = loss.cummin(0).values  # the exact loss falls; its estimate is noisy
         first = loss[0] + (loss[0] - loss[1]) / 2  # at tau = 0
         fall = first - loss[-1]
         if not fall > 0:
-            return  # or NaN: a slice has no loss yet
+            return  # no fall, or NaN: a slice has no loss yet
         zero, one = loss.new_zeros(1), loss.new_ones(1)
         removed = torch.cat([zero, (first - loss) / fall, one])
         middle = (torch.arange(len(loss), device=loss.device) + 0.5) / len(loss)
         t = self.t(torch.cat([zero, middle, one]))
         tau = (self.paper[0] + interpolate(self.paper[1], t, removed)) / 2
-        self.nodes[0, :-1] = tau[:-1].clamp(max=1 - 2**-24)  # below 1, also in float32
+        self.nodes[0, :-1] = tau[:-1].clamp(max=1 - 2**-24)  # only the last node is 1
         self.sums.zero_()
 
 def interpolate(x, x_nodes, y_nodes):
@@ -137,10 +141,10 @@ SAMPLING, EVALUATION = -1, -2  # in place of a training step
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a global batch. Every random number of a row is a function of (seed, step, row).
+    """The random numbers of some rows of a global batch: functions of (seed, step, row, purpose).
 
     So a run on two processes uses the same numbers as on one (except for dropout), and resuming
-    needs no saved generator state.
+    needs no saved generator state. A purpose names an independent stream of numbers.
     """
 
     seed: int
@@ -164,7 +168,8 @@ class Rows:
         return send(torch.special.ndtr(white), device)
 
     def times(self, device):
-        """tau (B,) ~ U(0, 1), stratified: row i has tau in the i-th of `total` equal intervals."""
+        """tau (B,) ~ U(0, 1), stratified: row i has tau in the i-th of `total` equal intervals.
+        Rows contain random texts, so a text has a new interval in each epoch."""
         interval = torch.arange(self.index.start, self.index.stop, device=device)
         return (interval + self.uniform((), device, "time")) / self.total
 
@@ -177,9 +182,9 @@ def send(x, device):
 def draw_known(model, tokens, rows):
     """Prompts for a training batch: token ids (B, L), -1 where unknown.
 
-    With probability condition_prob, a row is given some of its tokens: half the time a prefix,
-    otherwise random positions. At least one position stays unknown. Returns None outside of
-    training, and for a model without prompts.
+    With probability condition_prob, some tokens of a row are known: a prefix or random positions,
+    equally often. At least one position stays unknown. Returns None outside of training and for a
+    model that takes no prompts.
     """
     if not (model.training and model.takes_prompts):
         return None
@@ -187,7 +192,7 @@ def draw_known(model, tokens, rows):
     u = rows.uniform((3 + L,), tokens.device, "known")
     chosen = u[:, 0:1] < model.config.condition_prob
     use_prefix, share = u[:, 1:2] < 0.5, u[:, 2:3]
-    # the positions with the lowest scores are given: scores increase, or are random
+    # positions with score < share are known; scores increase along the row or are random
     score = torch.where(use_prefix, torch.arange(L, device=tokens.device) / L, u[:, 3:])
     known = (score < share) & (score < score.amax(1, keepdim=True))
     return torch.where(chosen & known, tokens, -1)
@@ -195,10 +200,10 @@ def draw_known(model, tokens, rows):
 # ------------------------------------------------------------------------------------- 3. Loss
 
 def flow_loss(model, tokens, rows):
-    """[FLM] The whole training loss: predict the clean tokens at a random time.
+    """[FLM] The training loss: cross-entropy of the clean tokens at a random time of each row.
 
-    tokens (B, L) -> cross-entropy (B,) in nats per unknown position, the times tau (B,). End tokens
-    that pad a row are predicted and counted like all others.
+    tokens (B, L) -> cross-entropy (B,) in nats per unknown position, and the times tau (B,). The
+    end tokens that pad a row count like all other tokens.
     """
     tau = rows.times(tokens.device)
     known = draw_known(model, tokens, rows)
@@ -208,7 +213,7 @@ def flow_loss(model, tokens, rows):
     return mean_unknown(cross_entropy(logits, tokens), known), tau
 
 def cross_entropy(logits, target):
-    """In nats, (B, L), from logits (B, L, V) and a target: token ids (B, L) or probs (B, L, V)."""
+    """Cross-entropy in nats, (B, L), of logits (B, L, V); target: ids (B, L) or probs (B, L, V)."""
     nats = F.cross_entropy(logits.flatten(0, 1), target.flatten(0, 1), reduction="none")
     return nats.view(logits.shape[:2])
 
@@ -235,36 +240,37 @@ def euler(denoiser, state, clock, steps, clean=lambda probs: probs):
         if i + 1 == steps:
             return  # the state at t = 1 is clean(probs)
         t, t_next = clock.t(tau), clock.t(tau_next)
-        # the flow: dx/dt = E[x1 - x0 | x_t] = (E[x1 | x_t] - x_t) / (1 - t). The mean of a one-hot
-        # x1 is its probabilities, which cross-entropy learns.
+        # the flow: dx/dt = E[x1 - x0 | x_t] = (E[x1 | x_t] - x_t) / (1 - t), because
+        # x1 - x_t = (1-t) (x1 - x0). The mean of a one-hot x1 is its probabilities, which
+        # cross-entropy learns.
         velocity = (clean(probs) - state) / (1 - t)
         state = state + (t_next - t) * velocity
 
 def ancestral(denoiser, state, clock, steps, clean, noise, uniform):
-    """Ancestral sampler: draws tokens, then the next state given them (as DDIM with eta = 1).
+    """Ancestral sampler: draws tokens, then the next state given these tokens (DDIM, eta = 1).
 
     Yields (tau, state, tokens (B, L)); the last tokens are the text. noise(i) is a state at t = 0
-    and uniform(i) are (B, L) uniform numbers, fresh in each step i. The last step draws its tokens
-    too, instead of taking the argmax. For L = 1 and the exact denoiser, the texts then have exactly
-    the distribution of the data at any number of steps. For L > 1, positions are drawn
-    independently in each step, which is an error that vanishes with many steps.
+    and uniform(i) are (B, L) uniform numbers, fresh in each step i. The last step also draws its
+    tokens and does not take the argmax. So for L = 1 and the exact denoiser, the texts have exactly
+    the distribution of the data for any number of steps. For L > 1, each step draws the positions
+    independently. This error vanishes as the number of steps grows.
     """
     taus = torch.linspace(0, 1, steps + 1, device=state.device)
     for i, (tau, tau_next) in enumerate(zip(taus, taus[1:])):
         probs = denoiser(state, tau.expand(len(state)), tau_next.expand(len(state)))
         tokens = draw_tokens(probs, uniform(i))
         yield tau, state, tokens
-        t, s = clock.t(tau), clock.t(tau_next)  # s > t: the later, cleaner time
-        # A process with the law of x_t given x1 at each time, in which x_t is a noisier x_s:
-        # x_t = (t/s) x_s + N(0, (1-t)^2 - (t/s)^2 (1-s)^2). By Bayes' rule, x_s given x_t and x1 is
+        t, u = clock.t(tau), clock.t(tau_next)  # u > t is the next, cleaner time
+        # A process with the law of x_t given x1 at each time, in which x_t is a noisier x_u:
+        # x_t = (t/u) x_u + N(0, (1-t)^2 - (t/u)^2 (1-u)^2). By Bayes' rule, x_u given x_t and x1 is
         # Gaussian, with mean a x_t + b x1 and variance v.
-        a = t * (1 - s) ** 2 / (s * (1 - t) ** 2)
-        b = (s - t) * (s + t - 2 * s * t) / (s * (1 - t) ** 2)
-        v = (1 - s) ** 2 / s * b
+        a = t * (1 - u) ** 2 / (u * (1 - t) ** 2)
+        b = (u - t) * (u + t - 2 * u * t) / (u * (1 - t) ** 2)
+        v = (1 - u) ** 2 / u * b
         state = a * state + b * clean(tokens) + v.sqrt() * noise(i)
 
 def draw_tokens(probs, uniform):
-    """Draws tokens (...) from probs (..., V): inverts their cumulative sums at uniform (...)."""
+    """Draws tokens (...) from probs (..., V) by inverting the cumulative sums at uniform (...)."""
     sums = probs.cumsum(-1)
     tokens = torch.searchsorted(sums, uniform[..., None] * sums[..., -1:], right=True)
     return tokens[..., 0].clamp(max=probs.shape[-1] - 1)
@@ -273,7 +279,7 @@ def sample(model, n, steps, seed, sampler="euler", temperature=1.0, known=None):
     """[FLM] Writes n texts, all positions at once, in `steps` network evaluations: tokens (n, L).
 
     Text i depends on the settings, the seed and i only. known: token ids (L,) or (n, L), -1 where
-    unknown. Raises UserError if "euler" has a temperature: it needs the untempered mean.
+    unknown. Raises UserError for "euler" with a temperature: it needs the mean at temperature 1.
     """
     if sampler == "euler" and temperature != 1:
         raise UserError(f"--temperature {temperature}: needs --sampler ancestral")
@@ -310,7 +316,7 @@ def in_batches(model, n, seed, solve, known=None):
     return torch.cat(texts).cpu()
 
 def batch_rows(model):
-    """Rows to process at once: at most 32,768 tokens, and logits of 1 GiB or 1/12 of a GPU."""
+    """Rows per forward pass: up to 32,768 tokens, and logits of 1 GiB or 1/12 of GPU memory."""
     room, L = 2**30, model.config.seq_len
     if model.device.type == "cuda":
         room = torch.cuda.get_device_properties(model.device).total_memory // 12
@@ -319,7 +325,7 @@ def batch_rows(model):
 # ---------------------------------------------------------------------------------- 5. Network
 
 class TimeEmbedding(nn.Module):
-    """[FLM] tau (B,) -> (B, width): sinusoids of tau * scale, then a two-layer network."""
+    """[FLM] tau (B,) -> (B, width): sinusoids of tau * scale, then a two-layer MLP."""
 
     def __init__(self, width, scale):
         super().__init__()
@@ -332,12 +338,12 @@ class TimeEmbedding(nn.Module):
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
 
 def rotate(x, cos, sin):
-    """Rotary positions of queries and keys: x (B, L, 2, heads, 2k); cos and sin (L, 1, 1, k)."""
+    """Rotary embedding of queries and keys: x (B, L, 2, heads, 2k); cos and sin (L, 1, 1, k)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 class Block(nn.Module):
-    """[FLM] Attention over all positions and an MLP. Time shifts, scales and gates both (adaLN)."""
+    """[FLM] Attention over all positions, then an MLP, both modulated by the time (adaLN)."""
 
     def __init__(self, config):
         super().__init__()
@@ -356,7 +362,7 @@ class Block(nn.Module):
         """Attention: q, k, v (B, heads, L, head width) -> the same shape.
 
         The fused kernel has no cap and is slower for short rows on a CPU. extras/baselines.py
-        replaces this method by causal and by cached attention.
+        replaces this method with causal and with cached attention.
         """
         if not self.cap and (q.is_cuda or q.shape[-2] > 64):
             return F.scaled_dot_product_attention(q, k, v)
@@ -386,12 +392,12 @@ class Block(nn.Module):
         return torch.addcmul(x, gate2, self.dropout(h).to(x.dtype))
 
 class Transformer(nn.Module):
-    """[FLM] The denoiser, with its state space: how noise and tokens become network inputs.
+    """[FLM] The denoiser network, and the functions that turn noise and tokens into its states.
 
     The network reads x_t only through x_t E, where E (V, D) is its input embedding. A sampler step
-    is a linear combination of x_t, tokens or probabilities, and noise. So it can be taken on their
-    products with E, and noise can be drawn in D dimensions: x0 E ~ N(0, E^T E). Only the logits
-    have V columns.
+    is a linear combination of x_t, tokens or probabilities, and noise. So a step can be computed on
+    their products with E, and noise can be drawn in D dimensions: x0 E ~ N(0, E^T E). Only the
+    logits have V columns.
 
     A flow map has a second time embedding (two_times). Attributes: embedding (V, D), clock, config
     and tokenizer (set by build() and load()).
@@ -421,10 +427,10 @@ class Transformer(nn.Module):
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
-        # as in the paper: blocks start as the identity, all tokens as equally likely
+        # as in the paper: each block starts as the identity, and all tokens start equally likely
         zero = [*(block.modulation for block in self.blocks), self.modulation, self.head]
         if two_times:
-            zero.append(self.time_t.mlp[-1])  # a map starts as its flow
+            zero.append(self.time_t.mlp[-1])  # a map starts equal to its flow
         for layer in zero:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -436,19 +442,21 @@ class Transformer(nn.Module):
     def noise(self, rows, *purpose):
         """[FLM] The state x0 E at t = 0, (B, L, D), of these rows.
 
-        V <= D: x0 E with x0 ~ N(0, I_V). V > D: z chol(E^T E)^T, z ~ N(0, I_D): the same law.
+        V <= D: x0 E with x0 ~ N(0, I_V). V > D: z chol(E^T E)^T with z ~ N(0, I_D), which has the
+        same distribution.
         """
         shape = self.config.seq_len, min(self.V, self.config.width)
         white = rows.normal(shape, self.device, *purpose)
         return white @ (self.embedding if self.V <= self.config.width else self.factor().T)
 
     def factor(self):
-        """chol(E^T E), (D, D), with its gradient; NaN, which stops a run, if E is singular."""
+        """chol(E^T E), (D, D), differentiable in E. NaN, which stops training, if singular."""
         E = self.embedding
         if not E.requires_grad and self.cached_factor[0] == E._version:  # counts changes of E
             return self.cached_factor[1]
-        # the value is E^T E. With G the gradient of it, that of E is E (G + G^T) = 2 E G, as G from
-        # cholesky is symmetric: differentiating the left E only, and doubling, saves a product
+        # gram = E^T E: gradients also reach E through the noise. If the gradient of gram is G, then
+        # that of E is E (G + G^T) = 2 E G, because G from cholesky is symmetric. To save a product,
+        # only the left E is differentiated, and its gradient is doubled.
         gram = E.T @ E.detach()
         gram = 2 * gram - gram.detach()
         factor, failed = torch.linalg.cholesky_ex(gram)  # unlike cholesky, does not synchronise
@@ -466,14 +474,15 @@ class Transformer(nn.Module):
     def forward(self, state, tau_s, tau_t=None, known=None):
         """Logits (B, L, V), float32, of the clean tokens.
 
-        state (B, L, D) at time tau_s (B,). With tau_t (B,), for a flow map: the logits of the probs
-        with which one Euler step from tau_s reaches the exact state at tau_t. known (B, L): given
-        tokens, -1 where unknown; their state is not read.
+        state (B, L, D) at time tau_s (B,). With tau_t (B,), for a flow map: the logits of
+        delta_{s,t}. These are the probs with which one Euler step leads from tau_s to the end of
+        the exact trajectory at tau_t. known (B, L): given tokens, -1 where unknown; their state is
+        not read.
         """
         L = state.shape[1]
-        cond = self.time_s(self.clock.decodability(tau_s))
+        cond = self.time_s(self.clock.paper_tau(tau_s))
         if tau_t is not None:
-            cond = cond + self.time_t(self.clock.decodability(tau_t))
+            cond = cond + self.time_t(self.clock.paper_tau(tau_t))
         cond = F.silu(cond)
         x = state
         if known is not None:
@@ -503,8 +512,10 @@ class Transformer(nn.Module):
 # --------------------------------------------------------------------------------- 6. Settings
 
 def setting(default, help="", **options):
-    """A field of Config; with a help text it is also a flag. Options: choices, least, most, and
-    group, which begins a group of flags."""
+    """A field of Config, and a flag if it has a help text.
+
+    Options: choices, least, most, and group, the title of the group of flags that it starts.
+    """
     return field(default=default, metadata=dict(help=help, **options))
 
 @dataclass
@@ -514,13 +525,13 @@ class Config:
     dataset: str = setting("sentences", "sentences, words, sotu, lm1b, owt or a file", group="data")
     data_dir: str = setting("", "local copy of lm1b or owt")
     tokenizer: str = setting("bert-base-uncased", "kind of tokens", choices=data.TOKENIZERS)
-    vocab_size: int = setting(4096, "largest bpe vocabulary (V)", least=1)
+    vocab_size: int = setting(4096, "largest size of a bpe vocabulary (V)", least=1)
     seq_len: int = setting(128, "tokens in a row (L)", least=1)
-    packing: bool = setting(True, "join documents and cut rows; otherwise pad with end tokens")
+    packing: bool = setting(True, "join documents and cut rows; otherwise pad each document")
     depth: int = setting(12, "number of blocks", least=1, group="model")
     width: int = setting(768, "width of the network (D)", least=1)
     heads: int = setting(12, "attention heads", least=1)
-    dropout: float = setting(0.1, "on the residual branches", most=1)
+    dropout: float = setting(0.1, "dropout rate on the residual branches", most=1)
     condition_prob: float = setting(0.0, "share of training rows with a prompt", most=1)
     cond_width: int = setting(128, least=1)  # of the time embedding
     time_scale: float = setting(1.0)  # factor on tau before its sinusoids
@@ -528,21 +539,21 @@ class Config:
     attention_cap: float = setting(0.0)  # soft cap on attention scores; 0: none
     max_steps: int = setting(1_000_000, "training steps", least=1, group="training")
     batch_size: int = setting(512, "rows per step, over all processes", least=1)
-    micro_batch_size: int = setting(0, "rows per forward pass; 0: by memory")
-    optimizer: str = setting("adamw", "muon: for the blocks", choices=("adamw", "muon"))
+    micro_batch_size: int = setting(0, "rows per forward pass; 0: automatic")
+    optimizer: str = setting("adamw", "muon: for the matrices of blocks", choices=("adamw", "muon"))
     lr: float = setting(3e-4, "learning rate", most=1)
-    clock: str = setting("paper", "times of training", choices=("paper", "adaptive"))
-    warmup: int = setting(2500, "steps in which the learning rate rises")
-    decay: float = setting(0.0, "last share of the steps, in which it falls to 0", most=1)
+    clock: str = setting("paper", "times of training and sampling", choices=("paper", "adaptive"))
+    warmup: int = setting(2500, "steps of learning-rate warm-up")
+    decay: float = setting(0.0, "share of the steps with learning-rate decay, at the end", most=1)
     beta2: float = setting(0.999)  # of AdamW
     clip: float = setting(1.0)  # largest gradient norm
-    ema: float = setting(0.9999, "decay of the averaged weights", most=1)
-    seed: int = setting(0, "of weights, data order and noise")
+    ema: float = setting(0.9999, "decay of the moving average of the weights", most=1)
+    seed: int = setting(0, "seed of weights, data order and noise")
     log_every: int = setting(100, least=1)  # steps
-    eval_every: int = setting(5000, "steps between evaluations, with checkpoints", least=1)
+    eval_every: int = setting(5000, "steps between evaluations and checkpoints", least=1)
     eval_rows: int = setting(1024, least=1)  # held-out rows of an evaluation
     run_dir: str = setting("", "folder of the run (default: runs/DATASET)", group="run")
-    device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = setting("auto", "device of the network", choices=("auto", "cpu", "cuda", "mps"))
     threads: int = setting(0, "CPU threads per process; 0: PyTorch's default")
     bf16: bool | None = setting(None, "bfloat16 matrix products (default: on CUDA only)")
     compile: bool = setting(True, "torch.compile, on CUDA only")
@@ -551,10 +562,10 @@ class Config:
     sample: bool = setting(False, "write texts to stdout instead of training", group="sampling")
     sample_steps: int = setting(64, "network evaluations per text", least=1)
     num_samples: int = setting(16, "number of texts", least=1)
-    sampler: str = setting("euler", "how a flow is sampled", choices=("euler", "ancestral"))
-    temperature: float = setting(1.0, "of the ancestral sampler", least=0.01)
+    sampler: str = setting("euler", "sampler of a flow", choices=("euler", "ancestral"))
+    temperature: float = setting(1.0, "sampling temperature; not for euler", least=0.01)
     prompt: str = setting("", "beginning of the texts")
-    infill: str = setting("", "text with gaps: _ for a character, [MASK:2] for two word pieces")
+    infill: str = setting("", "text with gaps: _ for one character, [MASK:2] for two tokens")
 
     def saved(self):
         """The settings that decide the weights: data, model and training."""
@@ -589,7 +600,8 @@ def check(config):
             raise UserError(f"{flag_of(f.name)} {value}: must be one of {', '.join(choices)}")
         types = (int, float) if f.type is float else f.type
         if not isinstance(value, types) or isinstance(value, bool) and f.type in (int, float):
-            raise UserError(f"{flag_of(f.name)} {value}: must be of type {f.type}")
+            name = getattr(f.type, "__name__", f.type)
+            raise UserError(f"{flag_of(f.name)} {value}: must be of type {name}")
         if f.type in (int, float) and not least <= value <= most:
             raise UserError(f"{flag_of(f.name)} {value}: must be from {least} to {most}")
     B, micro = config.batch_size, config.micro_batch_size
@@ -598,7 +610,7 @@ def check(config):
     if B % world():
         raise UserError(f"--batch-size {B}: must be a multiple of the {world()} processes")
     if micro and B // world() % micro:
-        raise UserError(f"--micro-batch-size {micro}: must divide the rows of a process")
+        raise UserError(f"--micro-batch-size {micro}: must divide the rows per process")
 
 def flag_of(name):
     return "--" + name.replace("_", "-")
@@ -609,7 +621,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum with an orthogonalised update, for matrices (Jordan et al. 2024).
 
     torch.optim.Muon with adjust_lr_fn="match_rms_adamw", but in float32: most CPUs are slow in
-    bfloat16. A parameter may hold several matrices, `stacked` by rows, as q, k and v are.
+    bfloat16. A parameter may consist of `stacked` matrices, one below the other, as for q, k and v.
     """
 
     def __init__(self, params, lr, beta=0.95, stacked=1):
@@ -625,11 +637,11 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"].lerp_(p.grad, 1 - group["beta"])
                 update = p.grad.lerp(state["momentum"], group["beta"])  # Nesterov
                 update = update.view(group["stacked"], -1, p.shape[1])
-                scale = 0.2 * math.sqrt(max(update.shape[1:]))  # the size of an AdamW update
+                scale = 0.2 * math.sqrt(max(update.shape[1:]))  # the RMS of an AdamW update
                 p.sub_(orthogonalise(update).view(p.shape), alpha=scale * group["lr"])
 
 def orthogonalise(G):
-    """About U W^T for each G = U S W^T in (n, rows, columns), by five Newton-Schulz steps."""
+    """Approximates U W^T for each G = U S W^T, (n, rows, columns), by five Newton-Schulz steps."""
     tall = G.shape[1] > G.shape[2]
     X = G.mT if tall else G
     X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -656,7 +668,7 @@ def make_optimizers(model, config):
     return optimizers
 
 def get_lr(step, config):
-    """Linear warm-up, then constant, then linear decay to 0."""
+    """The learning rate: linear warm-up, then constant, then linear decay to 0."""
     rise = (step + 1) / config.warmup if config.warmup else 1
     left = 1 - step / config.max_steps
     fall = left / config.decay if config.decay else 1
@@ -684,9 +696,9 @@ def say(text):
         tqdm.write(text, file=sys.stderr)
 
 def setup(config):
-    """Sets up threads and device and, under torchrun, joins the process group."""
+    """Sets up threads, device and, under torchrun, the process group; returns the device."""
     # make glibc keep freed memory: otherwise page faults take half of a CPU step at V = 50257
-    with contextlib.suppress(OSError, AttributeError):  # another C library
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
     torch.set_flush_denormal(True)  # denormal gradients of an easy corpus are 30 times slower
@@ -706,13 +718,13 @@ def setup(config):
     return device
 
 def prepare_corpus(config):
-    """The tokenised corpus. One process of a machine makes it; the others wait for its lock."""
+    """The tokenised corpus. One process per machine creates it; the others wait for the lock."""
     names = "dataset", "tokenizer", "seq_len", "packing", "vocab_size", "data_dir"
     corpus = data.prepare(**{name: getattr(config, name) for name in names})
-    counts = f"{corpus.rows('train'):,} rows to train on, {corpus.rows('heldout'):,} held out"
+    counts = f"{corpus.rows('train'):,} training rows, {corpus.rows('heldout'):,} held-out rows"
     say(f"{config.dataset}: {counts}, L = {config.seq_len}, V = {corpus.tokenizer.vocab_size}")
     if skipped := corpus.meta["skipped"]:
-        say(f"skipped {skipped:,} documents that are longer than --seq-len {config.seq_len}")
+        say(f"skipped {skipped:,} documents that do not fit in --seq-len {config.seq_len}")
     return corpus
 
 NEW_RUN = "train again with --overwrite"
@@ -724,17 +736,18 @@ def config_path(folder, kind):
 locks = []  # the lock of the run folder
 
 def open_run(config, given, *kinds):
-    """Locks the run folder and returns the settings to train with: to resume, the saved ones.
+    """Locks the run folder; returns the settings to train with: the saved ones with --resume.
 
-    Trains kinds[0], on which the other kinds depend. Raises UserError if the folder is in use, if
-    it contains one of them and --overwrite is missing, or if `given` differs from the saved run.
+    kinds[0] is the model to train; the other kinds depend on it. Raises UserError if the folder is
+    in use, if it contains one of the kinds and neither --resume nor --overwrite is given, or if
+    `given` differs from the saved settings.
     """
     from filelock import FileLock
 
     folder = Path(config.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if rank() == 0:
-        locks.clear()  # of an earlier training in this process
+        locks.clear()  # releases the lock of an earlier training in this process
         locks.append(FileLock(folder / ".lock"))
         try:
             locks[0].acquire(timeout=0)
@@ -755,9 +768,9 @@ def open_run(config, given, *kinds):
     return config
 
 def begin_run(config, *kinds):
-    """Saves the settings of a run. A new one removes an old model and those that depend on it.
+    """Saves the settings of a run. A new run deletes the old models of these kinds.
 
-    It is called once the corpus is ready, so that a mistake in the settings removes nothing.
+    It is called after the corpus is prepared, so that a mistake in the settings deletes nothing.
     """
     if rank() == 0:
         for name in [kind + ending for kind in kinds for ending in ENDINGS]:
@@ -767,7 +780,7 @@ def begin_run(config, *kinds):
 
 @contextlib.contextmanager
 def remember_signals():
-    """Yields a list that collects Ctrl-C and SIGTERM. A second signal exits at once."""
+    """Yields a list of the received signals (Ctrl-C, SIGTERM). A second signal exits at once."""
     received = []
 
     def handle(number, frame):
@@ -798,7 +811,7 @@ def save_checkpoint(path, content):
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         part.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({first_line(error)}); the last checkpoint is "
-                        "intact; free some space, then --resume") from None
+                        "intact; free disk space, then use --resume") from None
 
 def load_checkpoint(path):
     """The content of a checkpoint: plain values and tensors. Raises UserError."""
@@ -807,7 +820,7 @@ def load_checkpoint(path):
         path = previous  # a save was interrupted between its two renames
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; train one first, or check --run-dir")
-    fix = f"replace it by {previous}" if previous.exists() else NEW_RUN
+    fix = f"replace it with {previous}" if previous.exists() else NEW_RUN
     with readable(path, fix):
         with zipfile.ZipFile(path) as records:
             if damaged := records.testzip():
@@ -817,7 +830,7 @@ def load_checkpoint(path):
 def build(config, tokenizer, device, bf16=None, network=None):
     """A new network, whose weights are a function of the seed.
 
-    Number format: float32 on a CPU, bfloat16 on CUDA, unless `bf16` is True or False.
+    bf16: use bfloat16 matrix products; None: on CUDA only, if the GPU supports them.
     """
     torch.manual_seed(config.seed)
     model = (network or Transformer)(config, tokenizer.vocab_size)
@@ -830,7 +843,7 @@ FlowMap = partial(Transformer, two_times=True)
 NETWORKS = dict(flm=Transformer, fmlm=FlowMap)
 
 def load(path, device="cpu", bf16=None, networks=NETWORKS):
-    """A trained flow or flow map with its averaged weights. Needs only the run folder.
+    """Loads a trained flow or flow map with its averaged weights. Needs only the run folder.
 
     Attributes: embedding (V, D), clock, tokenizer, config, kind, step (steps trained) and source
     (checksum of its text). Raises UserError.
@@ -863,10 +876,13 @@ class Objective(nn.Module):
 
 @torch.no_grad()
 def estimate_loss(model, loss, corpus, n):
-    """Held-out loss by tenth of tau: each of n texts is evaluated once in every tenth.
+    """Held-out loss in nats by tenth of tau (10 numbers): n texts, each once in every tenth.
 
     Row i of 10 n has tau in [i, i+1] / (10 n), see Rows.times: its tenth is i // n, its text i % n.
+    tau is the paper's, so that losses are comparable between runs and while a clock adapts.
     """
+    adapted = model.clock.nodes.clone()
+    model.clock.nodes.copy_(model.clock.paper)
     n = min(n, corpus.rows("heldout"))
     batch = batch_rows(model)
     sums = torch.zeros(10, device=model.device)
@@ -875,10 +891,11 @@ def estimate_loss(model, loss, corpus, n):
         tokens = corpus.batch("heldout", [row % n for row in rows.index]).to(model.device)
         tenth = torch.tensor([row // n for row in rows.index], device=model.device)
         sums.index_add_(0, tenth, loss(model, tokens, rows)[0])
+    model.clock.nodes.copy_(adapted)
     return (all_reduce(sums) / n).tolist()
 
 def evaluate(model, loss, corpus, config, sample):
-    """A log entry with the held-out loss and four texts, which it also prints."""
+    """Prints the held-out loss and four texts, and returns them as a log entry."""
     by_tau = estimate_loss(model, loss, corpus, config.eval_rows)
     texts = to_lines(model, sample(model, 4, 16, config.seed))
     heldout = sum(by_tau) / 10
@@ -904,15 +921,15 @@ def write_log(path, log):
     left.legend()
     for entry in evaluations[-1:]:
         right.bar([i / 10 + 0.05 for i in range(10)], entry["by_tau"], width=0.09)
-    right.set(xlabel="tau", ylabel="held-out loss (nats per token)")
+    right.set(xlabel="tau of the paper", ylabel="held-out loss (nats per token)")
     figure.savefig(path.with_suffix(".loss.png"))
 
 def train(model, loss, corpus, config, kind, sample):
     """Minimises loss(model, tokens, rows) -> (loss (B,), tau (B,)); returns the averaged model.
 
     Writes K.pt, K.prev.pt, K.log.jsonl, K.samples.txt and K.loss.png into the run folder, with
-    K = kind. sample(model, n, steps, seed) -> tokens (n, L) shows the progress. Raises UserError
-    if the loss is not a number, and SystemExit once an interrupted step has been saved.
+    K = kind. sample(model, n, steps, seed) -> tokens (n, L) is called in each evaluation. Raises
+    UserError if the loss is not finite, and SystemExit after a signal, once the step is saved.
     """
     from tqdm import tqdm
 
@@ -920,7 +937,7 @@ def train(model, loss, corpus, config, kind, sample):
 
     # the averaged weights (EMA) are evaluated, and used by all other programs
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    average.clock = clock = model.clock
+    average.clock = clock = model.clock  # one clock: respace() changes it for both
     adaptive = config.clock == "adaptive" and kind == "flm"  # a map keeps the clock of its flow
     adapt_every = max(1, config.max_steps // 20)
     optimizers = make_optimizers(model, config)
@@ -954,12 +971,12 @@ def train(model, loss, corpus, config, kind, sample):
             for group in groups:
                 group["lr"] = get_lr(step, config)
 
-            # the gradient of all micro-batches; processes exchange it with the last one
+            # the gradient, summed over micro-batches; the processes average it in the last one
             torch.manual_seed(config.seed + step * world() + rank())  # dropout
             sums = 0
             for i in range(begin, begin + local, micro):
                 rows = Rows(config.seed, step, range(i, i + micro), B)
-                numbers = [step * B + row for row in rows.index]  # batch() wraps around, shuffled
+                numbers = [step * B + row for row in rows.index]  # batch() starts new epochs
                 tokens = corpus.batch("train", numbers, config.seed)
                 more = world() > 1 and i + micro < begin + local
                 with objective.no_sync() if more else contextlib.nullcontext():
@@ -967,7 +984,7 @@ def train(model, loss, corpus, config, kind, sample):
                     (nats.mean() * micro / local).backward()
                 sums += clock.by_slice(nats.detach(), tau)
 
-            # update the weights and their average, which forgets faster in the first steps
+            # update the weights and their average; its decay is smaller in the first steps
             norm = nn.utils.clip_grad_norm_(weights, config.clip)
             for optimizer in optimizers:
                 optimizer.step()
@@ -976,7 +993,7 @@ def train(model, loss, corpus, config, kind, sample):
             torch._foreach_lerp_(averages, [p.detach() for p in weights], 1 - decay)
             bar.update()
 
-            # adapt the clock, in the first part of the training
+            # adapt the clock, in the first 60 % of the training
             sums = all_reduce(sums)
             clock.sums += sums
             if adaptive and done % adapt_every == 0 and done <= 0.6 * config.max_steps:
@@ -987,11 +1004,11 @@ def train(model, loss, corpus, config, kind, sample):
             stop = int(all_reduce(received, dist.ReduceOp.MAX))
             save = done % config.eval_every == 0 or done == config.max_steps or stop
 
-            # log; reading the loss is what waits for the device
+            # log; item() waits for the device
             if done % config.log_every == 0 or save:
                 nats, norm = sums[0].sum().item() / B, norm.item()
                 if not math.isfinite(nats + norm):
-                    raise UserError(f"the loss of step {step} is not a number; {path.parent} keeps "
+                    raise UserError(f"the loss of step {done} is not a number; {path.parent} keeps "
                                     "the last checkpoint; use a smaller --lr")
                 seconds = time.perf_counter() - start
                 log.append(dict(step=done, loss=nats, grad_norm=norm, seconds=seconds))
@@ -1003,7 +1020,7 @@ def train(model, loss, corpus, config, kind, sample):
                 log.append(dict(step=done) | evaluate(average, loss, corpus, config, sample))
             if save and rank() == 0:
                 save_checkpoint(path, dict(
-                    kind=kind, step=done, log=log, config=Config.saved(config),  # not a subclass's
+                    kind=kind, step=done, log=log, config=Config.saved(config),  # base class only
                     source=corpus.meta["source"], tokenizer=corpus.tokenizer.checksum,
                     model=model.state_dict(), average=average.state_dict(),
                     optimizers=[optimizer.state_dict() for optimizer in optimizers]))
@@ -1015,7 +1032,7 @@ def train(model, loss, corpus, config, kind, sample):
     return average
 
 def resume(path, model, average, optimizers, corpus):
-    """Loads an interrupted run; returns its step and log. It may have saved nothing yet."""
+    """Loads an interrupted run; returns its step and log: 0 and [] if it has no checkpoint."""
     if not path.exists() and not path.with_suffix(".prev.pt").exists():
         return 0, []
     saved = load_checkpoint(path)
@@ -1032,7 +1049,7 @@ def resume(path, model, average, optimizers, corpus):
 # ----------------------------------------------------------------------------- 11. Command line
 
 def to_lines(model, tokens):
-    """Tokens (n, L) as one line per text. A padded text stops at its first end token."""
+    """Decodes tokens (n, L): one line per text. A padded text ends before its first end token."""
     lines, end = [], model.tokenizer.end
     for ids in tokens.tolist():
         if end in ids and not model.config.packing:
@@ -1041,22 +1058,22 @@ def to_lines(model, tokens):
     return lines
 
 def parse_known(model, prompt, infill):
-    """--prompt or --infill as known tokens (L,), -1 where unknown, and how many to print.
+    """Known tokens (L,) of --prompt or --infill, -1 where unknown, and how many tokens to print.
 
-    A gap is `_` for one character, or [MASK] or [MASK:n] for one or n word pieces. Raises
-    UserError for a text that does not fit.
+    A gap is `_` for one character if tokens are characters, else [MASK] or [MASK:n] for one or n
+    tokens. Raises UserError for a text that does not fit.
     """
     if prompt and infill:
-        raise UserError("--prompt and --infill: use one of them")
+        raise UserError("--prompt and --infill: use only one of them")
     flag, text = ("--infill", infill) if infill else ("--prompt", prompt)
-    text = text.encode(errors="ignore").decode()  # without bytes that are not UTF-8
+    text = text.encode(errors="ignore").decode()  # drops bytes that are not UTF-8
     tokenizer, L, padded = model.tokenizer, model.config.seq_len, not model.config.packing
     ids = [] if padded or tokenizer.begin is None else [tokenizer.begin]
     most = L - 1 if padded or ids else L  # these rows end with an end token
     if prompt:
         most -= 1  # at least one token is unknown
 
-    # every second piece is a gap
+    # parts with an odd index are gaps
     gap = "(_)" if tokenizer.kind == "chars" else r" ?(\[MASK(?::\d{1,4})?\])"
     for i, piece in enumerate(re.split(gap, text) if infill else [text]):
         if i % 2:
@@ -1066,9 +1083,9 @@ def parse_known(model, prompt, infill):
     if infill and -1 not in ids:
         raise UserError(f"{flag} {text}: has no gap; write _ or [MASK:n] for unknown tokens")
     if len(ids) > most:
-        raise UserError(f"{flag} {text}: has {len(ids)} tokens, but at most {most} fit")
+        raise UserError(f"{flag} {text}: has {len(ids)} tokens, but at most {most} fit; shorten it")
 
-    # the length of an infilled text is known: the rest of a padded row is end tokens
+    # the length of an infilled text is known: end tokens fill the rest of a padded row
     known = torch.full((L,), tokenizer.end if infill and padded else -1)
     known[: len(ids)] = torch.tensor(ids)
     return known, len(ids) if infill else L
@@ -1109,7 +1126,7 @@ def parse(argv, config_type, doc, hidden=()):
     return vars(parser.parse_args(argv))
 
 def run_command(main):
-    """Runs main(argv). A mistake of the user is one line on stderr and exit status 2."""
+    """Runs main(argv). Prints a mistake of the user as one line on stderr; exit status 2."""
     status, message = 0, ""
     try:
         main(sys.argv[1:])
@@ -1128,7 +1145,7 @@ def run_command(main):
     if message and os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{Path(sys.argv[0]).name}:", " ".join(message.split()), file=sys.stderr)
     if dist.is_initialized():
-        if status != 2:  # after an error, the others may never arrive
+        if status != 2:  # after an error, the others may never reach it
             dist.barrier()
         sys.stderr.flush()
         os._exit(status)  # the threads of gloo may outlive the interpreter

@@ -1,12 +1,12 @@
-"""Baselines for the flow, in its own transformer: an autoregressive model and masked diffusion.
+"""Baselines with the network of the flow: an autoregressive model and masked diffusion.
 
     python -m extras.baselines --model mdlm                # runs/sentences/mdlm.pt beside flm.pt
     python -m extras.baselines --model ar --run-dir runs/my
     python -m extras.baselines --sample --model mdlm --sample-steps 8 --temperature 0.8
 
-ar    predicts each token from those before it. Sampling takes L evaluations of one position.
+ar    predicts each token from the tokens before it. Sampling takes L evaluations of one position.
 mdlm  masked diffusion (Sahoo et al. 2024, arXiv 2406.07524): predicts masked tokens from the
-      others. At time tau a token is unmasked with probability tau (log-linear schedule).
+      unmasked ones. At time tau a token is unmasked with probability tau (log-linear schedule).
 Settings that are not given are those of the flow, except for the learning rates in LR.
 """
 
@@ -23,11 +23,11 @@ import distill
 import flm
 
 class Baseline(flm.Transformer):
-    """A flow's network with another initialisation, because its own is a saddle point of mdlm."""
+    """A flow's network with another initialisation: the flow's is a saddle point of mdlm_loss."""
 
     def __init__(self, config, V):
         super().__init__(replace(config, condition_prob=0.0), V)
-        self.takes_prompts = True  # the sampler does; training needs none
+        self.takes_prompts = True  # in sampling; training needs no prompts
         nn.init.normal_(self.embedding, std=0.6)
         nn.init.normal_(self.head.weight, std=0.1)
         for block in self.blocks:
@@ -60,7 +60,7 @@ def causal(block, q, k, v):
     return scores.softmax(-1) @ v
 
 def ar_nats(model, tokens):
-    """-log p(token | those before it), (B, L), of tokens (B, L)."""
+    """-log p(token | tokens before it) in nats, (B, L), of tokens (B, L)."""
     begin = model.begin.expand(len(tokens), 1, -1)
     before = model.clean(tokens[:, :-1])
     tau = torch.zeros(len(tokens), device=model.device)
@@ -68,14 +68,14 @@ def ar_nats(model, tokens):
     return flm.cross_entropy(logits, tokens)
 
 def ar_loss(model, tokens, rows):
-    """tokens (B, L) -> nats per position (B,), tau (B,), which is 0."""
+    """The training loss of ar: tokens (B, L) -> nats per position (B,), tau = 0 (B,)."""
     nats = ar_nats(model, tokens).mean(1)
     return nats, torch.zeros_like(nats)
 
 def ar_sample(model, n, steps, seed, temperature=1.0, known=None):
-    """Writes n texts in L evaluations, whatever `steps` is: tokens (n, L).
+    """Writes n texts in L evaluations: tokens (n, L). Ignores `steps`.
 
-    known: as in flm.sample; only the tokens after the known ones depend on them.
+    known: as in flm.sample. A known token affects only the tokens after it.
     """
     def solve(rows, known):
         L = model.config.seq_len
@@ -85,7 +85,7 @@ def ar_sample(model, n, steps, seed, temperature=1.0, known=None):
         past, tokens = defaultdict(list), []  # past: keys and values of each block
 
         def cached(block, q, k, v):
-            # the network rotates a single position to position 0, which changes nothing
+            # the network gives a single position the rotary angle 0, which has no effect
             x = torch.stack([q, k])
             q, k = flm.rotate(x, model.cos[i], model.sin[i]).to(v.dtype)
             past[block].append(torch.stack([k, v]))
@@ -117,7 +117,7 @@ class MDLM(Baseline):
         self.mask = nn.Parameter(0.6 * torch.randn(config.width))
 
 def mdlm_loss(model, tokens, rows):
-    """tokens (B, L) -> an estimate of the bound on -log p in nats per position (B,), tau (B,)."""
+    """The training loss of mdlm, a bound on -log p: tokens (B, L) -> nats per position (B,), tau."""
     tau = rows.times(tokens.device)
     uniform = rows.uniform(tokens.shape[1:], tokens.device)
     masked = uniform >= tau[:, None]
@@ -129,8 +129,8 @@ def mdlm_loss(model, tokens, rows):
 def mdlm_sample(model, n, steps, seed, temperature=1.0, known=None):
     """Ancestral sampler: writes n texts in `steps` evaluations, tokens (n, L).
 
-    Each token is unmasked at a random time. Those of one step are drawn independently. known: as
-    in flm.sample; these tokens are never masked.
+    Each token is unmasked at a random time. Tokens of one step are drawn independently. known: as
+    in flm.sample; known tokens are never masked.
     """
     def solve(rows, known):
         uniform = rows.uniform((model.config.seq_len, 2), model.device)
@@ -144,7 +144,7 @@ def mdlm_sample(model, n, steps, seed, temperature=1.0, known=None):
             masked = times >= tau
             new = masked & (times < tau_next)
             state = torch.where(masked[..., None], model.mask, model.clean(tokens))
-            unmasked = 1 - masked.float().mean(1)  # the share that tau is on average
+            unmasked = 1 - masked.float().mean(1)  # on average, this share is tau
             logits = model(state, unmasked)[new]
             probs = (logits / temperature).softmax(-1)
             tokens[new] = flm.draw_tokens(probs, uniform[new])
@@ -154,7 +154,7 @@ def mdlm_sample(model, n, steps, seed, temperature=1.0, known=None):
 NETWORKS = flm.NETWORKS | dict(ar=AR, mdlm=MDLM)
 LOSSES = dict(ar=ar_loss, mdlm=mdlm_loss)
 SAMPLERS = dict(ar=ar_sample, mdlm=mdlm_sample)
-LR = dict(  # the best of three
+LR = dict(  # the best of three values
     ar=dict(sentences=1e-2, words=6e-3, sotu=1e-2),
     mdlm=dict(sentences=5e-3, words=3e-3, sotu=5e-3))
 
@@ -162,9 +162,9 @@ load = partial(flm.load, networks=NETWORKS)  # loads flm.pt, fmlm.pt, ar.pt and 
 
 @dataclass
 class Config(flm.Config):
-    """Settings of a baseline. Those of data and network are the flow's."""
+    """Settings of a baseline. The settings of data and network are the flow's."""
 
-    model: str = flm.setting("mdlm", "which baseline", choices=tuple(LOSSES), group="baseline")
+    model: str = flm.setting("mdlm", "kind of baseline", choices=tuple(LOSSES), group="baseline")
 
 def main(argv):
     kind = flm.parse(argv, Config, __doc__, distill.INHERITED).get("model", "mdlm")

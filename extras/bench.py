@@ -5,16 +5,16 @@
     python -m extras.bench --what sample distill --json bench.json
     python -m extras.bench --what data --tokenizer gpt2
 
-step     a training step on random tokens. masked: a masked language model, the lower limit;
+step     a training step on random tokens. masked: a masked language model, the lower limit of cost;
          flow: flm.flow_loss; materialised: the paper's formulas, with vectors in V dimensions
-sample   texts of the map (1 step), of the flow and of an autoregressive model with its cache
+sample   texts of the map (1 step), of the flow and of an autoregressive model with a cache
 distill  a step of distill.py against a step of flm.py
-data     text to token files, with the training of a bpe vocabulary; encode; token files to batches
+data     writing token files, which includes training a bpe vocabulary; encoding; reading batches
 
-Times are medians of --repeats after one run to warm up. The variants take turns, so that a slow
-moment of the machine affects all of them. gb: the largest memory that a step allocates, in
-addition to weights and optimizer states. matrix_share (on CUDA): the share of the speed of a large
-bfloat16 matrix product.
+Times are medians of --repeats runs after one warm-up run. The variants run in turn, so that a
+temporary slowdown of the machine affects all of them. gb: the peak memory of a step, in addition to
+weights and optimizer states. matrix_share (on CUDA): the speed in operations per second, relative
+to a large bfloat16 matrix product.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from extras import baselines
 
 SIZES = dict(vocab_size=50257, width=256, depth=4, heads=4, batch_size=8, seq_len=128,
              tokenizer="bpe")
-PRESETS = {  # what differs from flm.PRESETS: true vocabularies, and batches for one device
+PRESETS = {  # differences from flm.PRESETS: actual V, and batches for one device
     "sentences": {}, "words": dict(vocab_size=27), "sotu": {},
     "lm1b": dict(vocab_size=30522, batch_size=256), "owt": dict(vocab_size=50258, batch_size=32)}
 
@@ -108,7 +108,7 @@ def median_seconds(functions, repeats, calls=1):
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 def peak_bytes(step):
-    """The largest number of bytes that the second call of step() has allocated at one time."""
+    """Peak number of bytes that the second call of step() allocates."""
     step()
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
@@ -122,7 +122,7 @@ def peak_bytes(step):
     return max(itertools.accumulate(size for _, size in sorted(changes)))
 
 def matrix_share(config, tokens_per_s):
-    """A step has 6 operations per token for each weight, and those of attention."""
+    """Speed relative to a matrix product, at 6 operations per token and weight plus attention."""
     D, L = config.width, config.seq_len
     weights = 12 * config.depth * D**2 + D * config.vocab_size
     operations = 6 * weights + 12 * config.depth * L * D
@@ -133,7 +133,7 @@ def matrix_share(config, tokens_per_s):
 # ----------------------------------------------------------------------------------- 3. Tables
 
 def with_rates(seconds, tokens):
-    """The first columns of a table from seconds by name; ratios are to the first one."""
+    """The first columns of a table from seconds by name; ratios are relative to the first row."""
     base = next(iter(seconds.values()))
     return [dict(name=name, seconds=x, tokens_per_s=tokens / x, time_ratio=x / base)
             for name, x in seconds.items()]
@@ -166,7 +166,7 @@ def bench_distill(config):
         map=training_step(flow_map, distill.map_loss(teacher))), config)
 
 def bench_sample(config):
-    """Seconds for 1, 16 and 128 texts; the flow in 8 and 64 steps for 1 text only."""
+    """A table for 1, 16 and 128 texts; the flow with 8 and 64 steps only for 1 text."""
     flow_map = build(config, flm.FlowMap).eval()
     flow = build(config).eval()
     ar = build(config, baselines.NETWORKS["ar"]).eval()
@@ -217,14 +217,14 @@ def main(argv):
     add = parser.add_argument
     add("--what", nargs="+", default=["step"], choices=TABLES, help="tables to print")
     add("--preset", default="", choices=PRESETS, help="use the sizes of this preset of flm.py")
-    add("--vocab", type=int, dest="vocab_size", help="V")
-    add("--rows", type=int, dest="batch_size", help="B")
+    add("--vocab", type=int, dest="vocab_size", help="vocabulary size (V)")
+    add("--rows", type=int, dest="batch_size", help="rows of a batch (B)")
     for name in ("width", "depth", "heads", "seq_len", "repeats", "threads"):
         add(flm.flag_of(name), type=int)
     add("--bf16", action=argparse.BooleanOptionalAction)
     add("--device", choices=("auto", "cpu", "cuda", "mps"))
-    add("--tokenizer", choices=data.TOKENIZERS, help="of data")
-    add("--json", default=os.devnull, help="file for all figures")
+    add("--tokenizer", choices=data.TOKENIZERS, help="tokenizer of the table `data`")
+    add("--json", default=os.devnull, help="file for all results")
     given = vars(parser.parse_args(argv))
     what = given.pop("what")
     preset = given.pop("preset")
@@ -234,7 +234,7 @@ def main(argv):
     sizes = flm.PRESETS[preset] | PRESETS[preset] if preset else SIZES
     config = Config(**(sizes | given | dict(dropout=0.0, condition_prob=0.0)))
     flm.check(config)
-    path.touch()  # an error here comes before the work
+    path.touch()  # raises an error now if the file cannot be written
     config.device = str(flm.setup(config))
     config.threads = torch.get_num_threads()
     report = dict(settings=asdict(config), torch=torch.__version__)

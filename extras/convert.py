@@ -7,7 +7,7 @@
 
 A released file is a Lightning checkpoint. `state_dict` contains the trained weights, and
 `ema.shadow_params` lists their averages in the same order. A .safetensors file with the names of
-`state_dict` works too. The sizes follow from the shapes. A network with two times is a flow map.
+`state_dict` works too. The shapes determine the sizes. A network with two times is a flow map.
 Nothing in the file is executed: all objects but tensors and plain values become empty objects.
 """
 
@@ -70,14 +70,14 @@ def read(path):
 
 @contextlib.contextmanager
 def released(path):
-    """Turns any error with the content of a released file into a UserError of one line."""
+    """Turns any error in the content of a released file into a UserError of one line."""
     try:
         yield
     except (UserError, OSError):
         raise
     except ImportError as error:
         raise UserError(f"{path}: {error}; pip install safetensors") from None
-    except Exception as error:  # zipfile, torch and pickle raise their own; any content is possible
+    except Exception as error:  # zipfile, torch and pickle raise many kinds
         reason = str(error).rpartition("WeightsUnpickler error:")[2]  # without torch's advice
         reason = " ".join([type(error).__name__ + ":", *reason.split()])[:250]
         raise UserError(f"{path}: not a released FLM or FMLM checkpoint ({reason}); "
@@ -86,7 +86,7 @@ def released(path):
 def convert_weights(content):
     """The trained weights and their averages, two dicts with the names of flm.Transformer."""
     weights = content["state_dict"]
-    network = [name for name in weights if name.startswith("backbone.")]  # the rest: a teacher
+    network = [name for name in weights if name.startswith("backbone.")]  # the others: a teacher
     names = [name for name in network or weights if not name.endswith("rotary_emb.inv_freq")]
     trained = [weights[name] for name in names]
     averages = content["ema"]["shadow_params"] if "ema" in content else trained
@@ -127,7 +127,7 @@ def convert(path, args):
     if args.dataset:
         tokenizer = data.make_tokenizer(config.tokenizer, None, V)
     if tokenizer.vocab_size != V:
-        raise UserError(f"{path}: has {V} tokens, but --dataset {args.dataset} has "
+        raise UserError(f"{path}: has V = {V}, but --dataset {args.dataset} has V = "
                         f"{tokenizer.vocab_size}; use the other --dataset, or --seq-len")
 
     # the weights must fit the network
@@ -151,13 +151,13 @@ def convert(path, args):
 
 def main(argv):
     parser = flm.Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("file", help="a released .ckpt, or .safetensors with its state_dict")
+    parser.add_argument("file", help="released .ckpt file, or .safetensors file of its state_dict")
     text = parser.add_mutually_exclusive_group(required=True)
-    text.add_argument("--dataset", default="", choices=("lm1b", "owt"), help="its training text")
-    text.add_argument("--seq-len", type=int, help="its length; texts are then token ids")
+    text.add_argument("--dataset", default="", choices=("lm1b", "owt"), help="training text")
+    text.add_argument("--seq-len", type=int, help="L without --dataset; texts are token ids")
     parser.add_argument("--data-dir", default="", help="local copy of the dataset")
     parser.add_argument("--run-dir", required=True, help="folder to write")
-    parser.add_argument("--logit-cap", default="30", choices=CAPS, help="none: paper version 1")
+    parser.add_argument("--logit-cap", default="30", choices=CAPS, help="none for paper version 1")
     parser.add_argument("--overwrite", action="store_true", help="replace the model in the folder")
     args = parser.parse_args(argv)
     kind = convert(Path(args.file), args)

@@ -1,20 +1,21 @@
 """Compares the models of a run: quality of their texts, network evaluations, likelihood.
 
     python -m extras.evaluate runs/sentences                 # writes quality.json and quality.png
-    python -m extras.evaluate runs/a runs/b runs/c           # mean and deviation over seeds
+    python -m extras.evaluate runs/a runs/b runs/c           # mean and standard deviation
     python -m extras.evaluate --temperatures 1.3 1.15 1 .9 .8 .7    # compare at equal entropy
 
 perplexity  of the samples: per word under 4-grams of the training text (per character under
-            5-grams for a character tokenizer), or per token under the run's own ar. A text is read
-            up to its first end token.
-entropy     of the token frequencies within a sample in nats, mean over samples. A model that
-            samples more sharply has lower perplexity and lower entropy, so compare perplexities at
-            equal entropy only: at_held_out and at_map are interpolated between temperatures at the
-            entropy of the held-out text and of one step of the map.
-length      tokens per text, with its end token
+            5-grams for a character tokenizer), or per token under the ar of the run (--judge ar). A
+            text is read up to its first end token.
+entropy     of the token frequencies within a sample in nats, mean over samples. A lower temperature
+            lowers perplexity and entropy, so compare perplexities at equal entropy only.
+at_held_out, at_map: perplexity at the entropy of the held-out text and of one step of the map,
+            interpolated between temperatures
+length      tokens per sample, including its end token
 bigrams     entropy of the pooled bigrams of all samples in nats
-variation   total variation between bigrams of samples and of other held-out texts
-distinct    share of different samples; training: share that occurs in the training text
+variation   total variation distance between the bigrams of samples and of held-out texts
+distinct    share of different samples
+training    share of samples that occur in the training text
 """
 
 import argparse
@@ -39,7 +40,7 @@ import flm
 from data import UserError
 from extras import baselines
 
-MOST = 2**22  # tokens of a split that are read
+MOST = 2**22  # tokens to read from a split
 
 # A judge is a function from texts (lists of ids) to their perplexity: exp of the mean nats.
 
@@ -63,7 +64,7 @@ class NGram:
             self.counts[n - 1].update(gram[1:] for gram in self.counts[n])
 
         self.discounts = [0.0]
-        self.total, self.kinds = Counter(), Counter()  # of the tokens after a context
+        self.total, self.kinds = Counter(), Counter()  # occurrences, different items
         for table in self.counts[1:]:
             times = Counter(table.values())
             discount = times[1] / (times[1] + 2 * times[2]) if times[1] else 0.5
@@ -94,14 +95,14 @@ class NGram:
         return math.exp(mean(nats))
 
 def ngram_judge(text):
-    """4-grams of words, or 5-grams of the characters of a character tokenizer."""
+    """A judge: 4-grams of words, or 5-grams of characters for a character tokenizer."""
     train, order = text.items(text.train), 5 if text.tokenizer.kind == "chars" else 4
-    V = 1 + len(set(chain.from_iterable(train)))  # and unknown items
+    V = 1 + len(set(chain.from_iterable(train)))  # 1 for unknown items
     ngram = NGram(train, V, order)
     return lambda texts: ngram.perplexity(text.items(texts))
 
 def ar_judge(model):
-    """The run's own autoregressive model. It judges its own samples too well."""
+    """A judge: the ar of the run. Its perplexity of its own samples is too low to compare."""
     @torch.no_grad()
     def judge(texts):
         rows = [torch.tensor(text) for text in texts]
@@ -124,7 +125,7 @@ def frequencies(items):
     return {item: count / total for item, count in counts.items()}
 
 def entropy(p):
-    """Of relative frequencies, in nats."""
+    """Entropy of relative frequencies in nats."""
     return -sum(x * math.log(x) for x in p.values())
 
 def total_variation(p, q):
@@ -135,7 +136,7 @@ def bigrams(texts):
     return frequencies(pair for text in texts for pair in pairwise(text))
 
 class Text:
-    """The text of a corpus, and measures of samples against it.
+    """The text of a corpus, and measures of samples relative to it.
 
     train, heldout: texts, tuples of ids. rows: the held-out rows (n, L).
     """
@@ -157,21 +158,21 @@ class Text:
         return [until_end(ids, self.end) if self.padded else ids for ids in texts]
 
     def items(self, texts):
-        """What the n-grams count: the characters or the words of texts, and their end token."""
+        """The items of the n-grams: the characters or the words of texts, and their end token."""
         if self.tokenizer.kind == "chars":
             return texts
         words = [tuple(self.tokenizer.decode(ids).split()) for ids in texts]
         return [(*w, "</s>") if ids[-1] == self.end else w for w, ids in zip(words, texts)]
 
     def perplexity(self, judge, rows):
-        """Under the judge, of rows (n, L) up to their first end token."""
+        """Perplexity under the judge of rows (n, L) up to their first end token."""
         start = self.corpus.frame
         return judge([until_end(ids, self.end, start) for ids in rows.tolist()])
 
     def measure(self, judge, rows):
         """The measures of samples (n, L) by name."""
         texts, n = self.texts(rows), len(rows)
-        others = self.heldout[n:] or self.heldout  # not those that are measured themselves
+        others = self.heldout[n:] or self.heldout  # not the ones that are measured
         train = set(self.train)
         return dict(
             perplexity=self.perplexity(judge, rows),
@@ -183,11 +184,11 @@ class Text:
             training=mean(text in train for text in texts))
 
 def likelihood_bound(model, tokens, rows, last=0.999):
-    """A bound on -log p at one random time per row: tokens (B, L) -> nats per position (B,), tau.
+    """Estimates a bound on -log p: tokens (B, L) -> nats per position (B,), random times tau (B,).
 
     -log p <= 1/2 int_0^t1 SNR'(t) E|x1 - D_t|^2 dt - E log D_t1(x1) with SNR = t^2 / (1-t)^2
-    (Kingma et al. 2021) and t1 = t(tau = last), the end of training. The integral runs over tau.
-    Distances are taken where the noise is white: in R^V, or in R^D after chol(E^T E)^-1.
+    (Kingma et al. 2021) and t1 = t(tau = last). The integral is computed over tau.
+    Distances are measured where the noise is white: in R^V, or in R^D after chol(E^T E)^-1.
     """
     noise, clean = model.noise(rows), model.clean(tokens)
 
@@ -216,7 +217,7 @@ def likelihood_bound(model, tokens, rows, last=0.999):
 LOSSES = dict(flm=likelihood_bound, **baselines.LOSSES)
 
 def likelihood(model, text, n):
-    """-log p of n held-out rows, padding included, in nats per token before the padding.
+    """-log p of n held-out rows with their padding, in nats, per token without the padding.
 
     Exact for ar, an upper bound for flm and mdlm. Each row is evaluated at ten random times.
     """
@@ -226,7 +227,7 @@ def likelihood(model, text, n):
 def hide(text, rows, share, seed):
     """Rows (n, L) with -1 at a random share of their tokens.
 
-    The end token of a padded row and the frame of a packed one stay.
+    The end token of a padded row and the frame of a packed row are never hidden.
     """
     n, L = rows.shape
     place, frame = torch.arange(L), text.corpus.frame
@@ -238,7 +239,7 @@ def hide(text, rows, share, seed):
     return rows.masked_fill(inside & (random < share), -1)
 
 def infilling(models, text, judge, args):
-    """A row per model and share: hidden tokens restored, and perplexity of the filled texts."""
+    """A row per model and hidden share: the share restored, the perplexity of the filled texts."""
     pool = torch.tensor([i for ids in text.train for i in ids if i != text.end])
 
     def chance(n, steps, seed, known):
@@ -270,11 +271,11 @@ def parse(argv):
     parser = flm.Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("runs", nargs="*", default=["runs/sentences"], help="folders of finished runs")
-    add("--judge", default="words", choices=("words", "ar"), help="of perplexity")
+    add("--judge", default="words", choices=("words", "ar"), help="perplexity under n-grams or ar")
     add("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16, 64], help="evaluations per text")
-    add("--temperatures", type=float, nargs="+", default=[1.0], help="of flm ancestral, mdlm, ar")
+    add("--temperatures", type=float, nargs="+", default=[1.0], help="for flm ancestral, mdlm, ar")
     add("--num-samples", type=int, default=1000, help="texts per row of the table")
-    add("--seed", type=int, default=0, help="of the samples")
+    add("--seed", type=int, default=0, help="seed of the samples")
     add("--out", default="", help="folder of quality.json and quality.png; default: the first run")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     add("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's default")
@@ -296,8 +297,8 @@ def load_run(folder, judge, device):
     for kind, model in models.items():
         source, config = model.source or expected[0], model.config
         if (source, config.seq_len, config.packing) != expected:
-            raise UserError(f"{folder}/{kind}.pt: was trained on another text or other rows than "
-                            "the flow uses now; train it again with --overwrite")
+            raise UserError(f"{folder}/{kind}.pt: its text, --seq-len or --packing differs from "
+                            "that of the flow now; train it again with --overwrite")
     return models, Text(corpus)
 
 def sample_all(models, text, judge, args):
@@ -338,7 +339,7 @@ def at_equal_entropy(table):
                 row[name] = math.exp(np.interp(target, x, y))
 
 def over_runs(tables):
-    """Rows of the same cell in several runs as one row: mean, and deviation as name_sd."""
+    """Merges the tables of several runs: mean, and standard deviation as name_sd."""
     merged = []
     for rows in zip(*tables):
         row = {}
@@ -354,7 +355,7 @@ def over_runs(tables):
     return merged
 
 def print_table(title, rows):
-    """Prints rows, which are dicts; a column that a row lacks is empty."""
+    """Prints rows, which are dicts. The cell of a missing value is empty."""
     names = [x for x in dict.fromkeys(chain.from_iterable(rows)) if not x.endswith("_sd")]
     table = [names]
     for row in rows:
@@ -415,7 +416,7 @@ def main(argv):
     tables = [evaluate_run(Path(folder), args, device) for folder in args.runs]
     kinds = [[(row["model"], row.get("steps")) for row in samples] for _, samples, _ in tables]
     if any(kinds[0] != other for other in kinds):
-        raise UserError(f"{' '.join(args.runs)}: contain different models")
+        raise UserError(f"{' '.join(args.runs)}: contain different models; pass one folder")
     nats, samples, hidden = map(over_runs, zip(*tables))
     print_table("nats per held-out token (flm and mdlm: upper bounds)", nats)
     print_table(f"{args.num_samples} samples per run; judge: {args.judge}", samples)

@@ -96,12 +96,7 @@ def squared_loss(model, tokens, rows, delta, target):
 
     Returns the error (B,), the mean over positions, and tau_s (B,).
     """
-    # journeys as in distill.map_loss, but in all rows
-    tau = rows.times(tokens.device)
-    duration = (tau / (1 - distill.FULL)).clamp(max=1)
-    start = rows.uniform((), tokens.device, "start")
-    tau_s = (1 - duration) * start
-    tau_t = tau_s + duration
+    tau_s, tau_t = distill.draw_journeys(rows, tokens.device)  # in all rows
     s, t = distill.times(model, tau_s, tau_t)
     state = torch.lerp(model.noise(rows), model.clean(tokens), s)
 
@@ -185,7 +180,7 @@ def main(argv):
         loss = regression_loss(correction, flow)
     else:
         config.compile = False  # torch.func.jvp needs the plain network
-        loss = distill.map_loss(flow, TARGETS[config.objective], latest=0.99)
+        loss = distill.map_loss(flow, TARGETS[config.objective], latest=0.99, ends=0)
 
     def one_step(model, n, steps, seed):
         return distill.sample(model, n, 1, seed)

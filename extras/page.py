@@ -2,7 +2,7 @@
 
     python -m extras.page --run-dir runs/sentences --out page.html
 
-The page is one file that needs no network. It shows the most probable token of every position
+The page is one file and loads nothing else. It shows the most probable token of every position
 after each evaluation of the flow (flm.pt) and, if the run has one, of the map (fmlm.pt). Both
 start from the same noise. The last texts are those of `flm.py --sample` and `distill.py --sample`.
 """
@@ -31,7 +31,7 @@ def solve(model, rows, steps):
 def record(model, n, steps, seed):
     """The most probable tokens after each evaluation: ids and percent, (steps, n, L) each.
 
-    In the last evaluation, all positions after the first end token of a padded text hold end
+    In the last evaluation, all positions after the first end token of a padded text are set to end
     tokens, because the text ends there.
     """
     def best(rows, known):
@@ -51,7 +51,7 @@ def record(model, n, steps, seed):
     return ids, percent
 
 def token_text(tokenizer, i):
-    """The text that token i adds to a text, with its space; "" for an end token."""
+    """The text that token i adds after another token, with its space; "" for an end token."""
     once = tokenizer.decode([i])
     twice = tokenizer.decode([i, i])
     return twice[len(once) :]
@@ -86,7 +86,7 @@ def main(argv):
     add("--num-samples", type=positive, default=16, help="number of texts")
     add("--sample-steps", type=positive, default=32, help="evaluations of the flow")
     add("--map-steps", type=positive, default=4, help="evaluations of the map")
-    add("--seed", type=int, default=0, help="of the noise")
+    add("--seed", type=int, default=0, help="seed of the noise")
     args = parser.parse_args(argv)
     models = [(flm.load(args.run_dir / "flm.pt"), args.sample_steps)]
     if (args.run_dir / "fmlm.pt").exists():
