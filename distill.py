@@ -75,7 +75,7 @@ def mean_denoiser(model, known=None):
 # ------------------------------------------------------------------------------------- 2. Loss
 
 LATEST = 63 / 64  # the last time before data: where 64 Euler steps evaluate the last denoiser
-ENDS = 1 / 4  # share of the journeys that end at the data, and half of these start at the noise
+ENDS = 1 / 4  # share of the journeys that end at the data
 
 def semigroup(delta, denoiser, model, state, tau_s, tau_t):
     """Target for delta_{s,t}: the journey in two halves, s to u and u to t, u midway in tau.
@@ -99,17 +99,16 @@ def semigroup(delta, denoiser, model, state, tau_s, tau_t):
     return torch.lerp(second, first, w)
 
 def draw_journeys(rows, device, latest=LATEST, ends=ENDS):
-    """Times tau_s, tau_t (B,) of journeys. A share `ends` of them leads to the data, tau_t = 1.
+    """Times tau_s, tau_t (B,) of journeys. Half of them start at the noise, tau_s = 0.
 
-    Half of these start at the noise, the others anywhere up to `latest`. Of all other journeys, the
-    duration is uniform, then the start; they end at `latest` at most.
+    The share `ends` leads to the data, tau_t = 1. The duration of the others is uniform; they end
+    at `latest` or earlier.
     """
     tau = rows.times(device)
-    start = rows.uniform((), device, "start")
-    duration = latest * tau / (1 - ends)
     to_data = tau >= 1 - ends
-    tau_s = torch.where(to_data, latest * (2 * start - 1), (latest - duration) * start)
-    tau_s = tau_s.clamp(min=0)
+    duration = torch.where(to_data, 0, latest * tau / (1 - ends))
+    start = (2 * rows.uniform((), device, "start") - 1).clamp(min=0)
+    tau_s = (latest - duration) * start
     return tau_s, torch.where(to_data, 1, tau_s + duration)
 
 def map_loss(teacher, objective=semigroup, latest=LATEST, ends=ENDS):
@@ -154,7 +153,7 @@ def frozen_denoiser(model, known, part):
 
 # ----------------------------------------------------------------------------- 3. Command line
 
-PRESETS = {"sentences": dict(max_steps=1500), "words": dict(max_steps=1000, lr=4e-3),
+PRESETS = {"sentences": dict(max_steps=3500), "words": dict(max_steps=1000, lr=4e-3),
            "sotu": dict(max_steps=1000, lr=4e-3)}
 INHERITED = [f.name for f in flm.fields(flm.Config)]  # from the flow: no flags
 INHERITED = [*INHERITED[: INHERITED.index("max_steps")], "sampler"]
