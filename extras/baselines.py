@@ -117,7 +117,7 @@ class MDLM(Baseline):
         self.mask = nn.Parameter(0.6 * torch.randn(config.width))
 
 def mdlm_loss(model, tokens, rows):
-    """The training loss of mdlm, a bound on -log p: tokens (B, L) -> nats per position (B,), tau."""
+    """The training loss of mdlm: a bound on -log p in nats per position (B,), and tau (B,)."""
     tau = rows.times(tokens.device)
     uniform = rows.uniform(tokens.shape[1:], tokens.device)
     masked = uniform >= tau[:, None]
