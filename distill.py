@@ -5,13 +5,14 @@
     python distill.py --sample --run-dir runs/sentences --sample-steps 1 --num-samples 20
     torchrun --standalone --nproc_per_node=8 distill.py --run-dir runs/lm1b
 
-The flow map X_{s,t} takes the state at time s to the state at time t of the same trajectory:
+The flow map X_{s,t} maps the state at time s to the state at time t of the same trajectory:
 
     X_{s,t}(x) = (1-t)/(1-s) x + (t-s)/(1-s) delta_{s,t}(x)
 
-delta_{s,t}, the mean denoiser, is one distribution over tokens per position: the flow's network
-with a second time input. One step from s = 0 to t = 1 writes a text. Paper: arXiv 2602.16813, v2.
-Settings that are not given are those of the flow.
+delta_{s,t}, the mean denoiser, is one distribution over tokens per position. Its network is that of
+the flow with a second time input. One step from s = 0 to t = 1 writes a text. Paper: arXiv
+2602.16813, v2. Settings that are not given are those of the flow, except beta2 = 0.95, no dropout
+and PRESETS.
 """
 
 from dataclasses import dataclass
@@ -37,8 +38,8 @@ def times(model, *taus):
 def few_steps(delta, state, clock, steps, clean, noise, renoise=0.0):
     """Samples a flow map on a uniform grid of tau. Yields (tau, state, probs) of each step.
 
-    A step from t to t' adds the share g = renoise of fresh noise: it maps to a later time
-    t~ = t'/(t' + (1-t') sqrt(1-g^2)), then scales the state back and adds g (1-t') noise(i). With
+    A step from t to t' adds the share g = renoise of fresh noise. It maps the state to a later time
+    t~ = t'/(t' + (1-t') sqrt(1-g^2)), scales it by t'/t~ and adds g (1-t') noise(i). With
     the exact map, x_t' has the law of the flow for every g from 0 (no noise) to 1.
     """
     taus = torch.linspace(0, 1, steps + 1, device=state.device)
@@ -74,18 +75,18 @@ def mean_denoiser(model, known=None):
 
 # ------------------------------------------------------------------------------------- 2. Loss
 
-LATEST = 63 / 64  # the last time before data: where 64 Euler steps evaluate the last denoiser
+LATEST = 63 / 64  # the last tau before the data: the start of the last of 64 Euler steps
 ENDS = 1 / 4  # share of the journeys that end at the data
 
 def semigroup(delta, denoiser, model, state, tau_s, tau_t):
-    """Target for delta_{s,t}: the journey in two halves, s to u and u to t, u midway in tau.
+    """Target for delta_{s,t}: a journey in two halves, s to u and u to t, with u midway in tau.
 
     delta_{s,t}(x) = w delta_{s,u}(x) + (1-w) delta_{u,t}(X_{s,u}(x)),
     w = (1-t)(u-s) / ((1-u)(t-s)). `denoiser` is not needed; other objectives use it.
 
-    A journey to t = 1 ends with one Euler step from u = LATEST, like the text of a flow:
-    delta_{s,1}(x) = delta_{u,u}(X_{s,u}(x)). With u midway, w is 0, and the property holds for
-    every delta_{u,1} that depends on the end of a trajectory only: nothing would fix its value.
+    A journey to t = 1 ends with one Euler step from u = LATEST, as sampling a flow does:
+    delta_{s,1}(x) = delta_{u,u}(X_{s,u}(x)). With u midway, w would be 0. Then the property would
+    hold for every delta_{u,1} that is constant along trajectories and would not fix its value.
     """
     ends = tau_t == 1
     tau_u = torch.where(ends, LATEST, (tau_s + tau_t) / 2)
@@ -101,8 +102,8 @@ def semigroup(delta, denoiser, model, state, tau_s, tau_t):
 def draw_journeys(rows, device, latest=LATEST, ends=ENDS):
     """Times tau_s, tau_t (B,) of journeys. Half of them start at the noise, tau_s = 0.
 
-    The share `ends` leads to the data, tau_t = 1. The duration of the others is uniform; they end
-    at `latest` or earlier.
+    A share `ends` of them leads to the data, tau_t = 1. The durations of the others are uniform.
+    The others end at `latest` or earlier.
     """
     tau = rows.times(device)
     to_data = tau >= 1 - ends
@@ -112,11 +113,12 @@ def draw_journeys(rows, device, latest=LATEST, ends=ENDS):
     return tau_s, torch.where(to_data, 1, tau_s + duration)
 
 def map_loss(teacher, objective=semigroup, latest=LATEST, ends=ENDS):
-    """The loss of a flow map, in nats per unknown position above the entropy of the target.
+    """The loss of a flow map: the KL divergence from its target, in nats per unknown position.
 
-    Even rows of a batch have s = t; their target is the teacher's D_t, or the tokens if there is
-    no teacher. Odd rows are journeys from s to t; their target is `objective` of the network
-    itself, without gradient. The true map has loss 0.
+    Even rows of a batch have s = t. Their target is the teacher's D_t, or the tokens if there is
+    no teacher. Odd rows are journeys from s to t. Their target is `objective`, computed with the
+    network itself and without gradient. With an exact teacher, the exact map has loss 0, except
+    for journeys to t = 1.
     """
     def loss(model, tokens, rows):
         tau = rows.times(tokens.device)
@@ -146,7 +148,7 @@ def map_loss(teacher, objective=semigroup, latest=LATEST, ends=ENDS):
     return loss
 
 def frozen_denoiser(model, known, part):
-    """denoiser(state, tau) -> D_t, (B, L, V), for the rows `part` of a batch with prompts."""
+    """denoiser(state, tau) -> D_t (B, L, V) for the rows `part` of a batch; known: its prompts."""
     known = known if known is None else known[part]
     two_times = model.time_t is not None  # D_t of a flow map is delta_{t,t}
     return lambda state, tau: model(state, tau, tau if two_times else None, known).softmax(-1)
@@ -156,11 +158,11 @@ def frozen_denoiser(model, known, part):
 PRESETS = {"sentences": dict(max_steps=3500), "words": dict(max_steps=1000, lr=4e-3),
            "sotu": dict(max_steps=1000, lr=4e-3)}
 INHERITED = [f.name for f in flm.fields(flm.Config)]  # from the flow: no flags
-INHERITED = [*INHERITED[: INHERITED.index("max_steps")], "sampler"]
+INHERITED = [*INHERITED[: INHERITED.index("max_steps")], "clock", "sampler"]
 
 @dataclass
 class Config(flm.Config):
-    """Settings of a distillation. Those of data and network are the flow's."""
+    """Settings of a distillation. The settings of data and network are the flow's."""
 
     teacher: str = flm.setting("flow", "none: learn from the text alone",
                                choices=("flow", "none"), group="distillation")
@@ -171,10 +173,10 @@ class Config(flm.Config):
         return super().saved() | dict(teacher=self.teacher)
 
 def join_run(argv, config_type, doc, kind, defaults, hidden=()):
-    """Settings, flow and corpus of a model `kind` that is trained beside a flow, or to --sample.
+    """Settings, flow and corpus to train a model `kind` in the run folder of a flow.
 
-    A setting is given in argv, or else in `defaults` (a dict, of the flow's config), or else the
-    flow's. Returns (config, None, None) for --sample. Raises UserError.
+    The value of a setting is that in argv, else that in the dict defaults(flow's config), else that
+    of the flow. With --sample, returns (config, None, None). Raises UserError.
     """
     given = flm.parse(argv, config_type, doc, (*INHERITED, *hidden))
     given.setdefault("run_dir", "runs/sentences")
@@ -191,7 +193,7 @@ def join_run(argv, config_type, doc, kind, defaults, hidden=()):
     config = flm.open_run(config, given, kind)
     corpus = flm.prepare_corpus(config)
     if flow.source not in ("", corpus.meta["source"]):  # a converted flow has no source
-        raise UserError(f"--dataset {config.dataset}: changed since the flow was trained on it")
+        raise UserError(f"--dataset {config.dataset}: its text changed after the flow was trained")
     flm.begin_run(config, kind)
     return config, flow, corpus
 
@@ -206,7 +208,7 @@ def main(argv):
     teacher = flow if config.teacher == "flow" else None
     if teacher:
         with readable(flm.config_path(config.run_dir, "fmlm"), flm.NEW_RUN):
-            model.load_state_dict(flow.state_dict(), strict=False)  # all but the second time
+            model.load_state_dict(flow.state_dict(), strict=False)  # all but time_t
         model.embedding.requires_grad_(False)  # teacher and map have the same states
         if config.compile and flow.device.type == "cuda":
             teacher.compile()

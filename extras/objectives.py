@@ -3,12 +3,14 @@
     python -m extras.objectives --objective lagrangian --run-dir runs/sentences
     python distill.py --sample --run-dir runs/sentences
 
-distill.py uses the semigroup property: from s to t is from s to u, then from u to t. Here:
+distill.py uses the semigroup property: X_{s,t} equals X_{s,u}, followed by X_{u,t}. This program
+uses one of these objectives, with b_t the velocity of the flow:
     - lagrangian: the end of a journey follows the flow, d/dt X_{s,t} = b_t(X_{s,t}).
     - eulerian: all points of a trajectory have the same end, d/ds X_{s,t}(x_s) = 0.
     - two-stage: the semigroup property in squared error (version 1 of the paper). A first network
-      learns to correct an Euler step; a flow map then learns the corrected steps. No prompts.
-The first two differentiate the network in time. They are unstable near t = 1 and end at tau = .99.
+      learns to correct an Euler step. A flow map then learns the corrected steps. No prompts.
+The first two differentiate the network with respect to time. They are unstable near t = 1, so their
+journeys end at tau = .99 or earlier.
 """
 
 from dataclasses import dataclass, replace
@@ -39,7 +41,7 @@ def lagrangian(delta, denoiser, model, state, tau_s, tau_t):
 def eulerian(delta, denoiser, model, state, tau_s, tau_t):
     """delta_{s,t}(x) = D_s(x) + (t-s)(1-s)/(1-t) d/ds delta_{s,t}(x_s), with dx/ds = b_s(x).
 
-    The factor of the derivative has no bound near t = 1.
+    The factor of the derivative is unbounded near t = 1.
     """
     def delta_at(s, x):
         return delta(x, model.clock.tau(s), tau_t)
@@ -52,7 +54,7 @@ def eulerian(delta, denoiser, model, state, tau_s, tau_t):
     return to_simplex(probs + factor * slope)
 
 def derivative(f, at, tangent):
-    """f(*at) and its derivative along a tangent. Fused attention has no such derivative."""
+    """f(*at) and its derivative along `tangent`. Fused attention does not support jvp."""
     with sdpa_kernel(SDPBackend.MATH):
         return torch.func.jvp(f, at, tangent)
 
@@ -74,7 +76,7 @@ class Correction(flm.Transformer):
         self.log_weight = nn.Parameter(torch.zeros(10))  # log of the error by tenth of tau_s
 
     def logits(self, x):
-        """g, (B, L, V). It has no cap: its values reach hundreds."""
+        """g, (B, L, V), without a cap, because its values reach hundreds."""
         return self.head(x).float()
 
 def corrected(correction, teacher):
@@ -92,11 +94,11 @@ def corrected(correction, teacher):
     return delta
 
 def squared_loss(model, tokens, rows, delta, target):
-    """|X - X'|^2 in V dimensions, with X the map of delta and X' that of target, without gradient.
+    """|X - X'|^2 in V dimensions, with X the map of `delta` and X' the map of `target`.
 
-    Returns the error (B,), the mean over positions, and tau_s (B,).
+    No gradient flows through X'. Returns the mean error over positions (B,), and tau_s (B,).
     """
-    tau_s, tau_t = distill.draw_journeys(rows, tokens.device)  # in all rows
+    tau_s, tau_t = distill.draw_journeys(rows, tokens.device)  # all rows are journeys
     s, t = distill.times(model, tau_s, tau_t)
     state = torch.lerp(model.noise(rows), model.clean(tokens), s)
 
@@ -131,7 +133,7 @@ def regression_loss(correction, teacher):
     return loss
 
 def sample_correction(teacher, correction, n, steps, seed):
-    """n texts of one corrected step from noise to data: tokens (n, L). Ignores `steps`."""
+    """Writes n texts in one corrected step from noise to data: tokens (n, L). Ignores `steps`."""
     def solve(rows, known):
         tau_s = torch.zeros(len(rows.index), device=correction.device)
         tau_t = tau_s + 1
@@ -149,7 +151,7 @@ HIDDEN = "teacher sample sample_steps num_samples renoise temperature prompt inf
 class Config(distill.Config):
     """Settings of a distillation with one of these objectives."""
 
-    objective: str = flm.setting("two-stage", "property of the map",
+    objective: str = flm.setting("two-stage", "objective of the distillation",
                                   choices=("two-stage", *TARGETS), group="objective")
 
     def saved(self):
@@ -162,7 +164,7 @@ def make_student(network, config, flow):
     if network is Correction:
         del weights["head.weight"], weights["head.bias"]
     model.load_state_dict(weights, strict=False)
-    model.embedding.requires_grad_(False)  # both have the same states
+    model.embedding.requires_grad_(False)  # flow and student have the same states
     return model
 
 def main(argv):
@@ -179,7 +181,7 @@ def main(argv):
             model, correction_loss(flow), corpus, first, "fmlm.correction", sample)
         loss = regression_loss(correction, flow)
     else:
-        config.compile = False  # torch.func.jvp needs the plain network
+        config.compile = False  # torch.func.jvp needs an uncompiled network
         loss = distill.map_loss(flow, TARGETS[config.objective], latest=0.99, ends=0)
 
     def one_step(model, n, steps, seed):
