@@ -1,7 +1,7 @@
 """Flow map language model (FMLM): distils a flow into a map that writes a text in one evaluation.
 
     python distill.py                                  # runs/sentences/flm.pt -> fmlm.pt beside it
-    python distill.py --run-dir runs/my --teacher none # train a map from the text alone
+    python distill.py --run-dir runs/my --teacher none # learn from the text, not the flow
     python distill.py --sample --run-dir runs/sentences --sample-steps 1 --num-samples 20
     torchrun --standalone --nproc_per_node=8 distill.py --run-dir runs/lm1b
 
@@ -9,10 +9,11 @@ The flow map X_{s,t} maps the state at time s to the state at time t of the same
 
     X_{s,t}(x) = (1-t)/(1-s) x + (t-s)/(1-s) delta_{s,t}(x)
 
-delta_{s,t}, the mean denoiser, is one distribution over tokens per position. Its network is that of
-the flow with a second time input. One step from s = 0 to t = 1 writes a text. Paper: arXiv
-2602.16813, v2. Settings that are not given are those of the flow, except beta2 = 0.95, no dropout
-and PRESETS.
+delta_{s,t} is a weighted mean of the flow's denoisers D_r, s < r < t, along the trajectory: one
+distribution over tokens per position. delta_{t,t} = D_t is learned from the flow, and the semigroup
+property extends it to s < t. The network is that of the flow with a second time input. One step
+from s = 0 to t = 1 writes a text. Paper: arXiv 2602.16813, v2. Settings that are not given are
+those of the flow, except beta2 = 0.95, no dropout and PRESETS.
 """
 
 from dataclasses import dataclass
@@ -39,8 +40,9 @@ def few_steps(delta, state, clock, steps, clean, noise, renoise=0.0):
     """Samples a flow map on a uniform grid of tau. Yields (tau, state, probs) of each step.
 
     A step from t to t' adds the share g = renoise of fresh noise. It maps the state to a later time
-    t~ = t'/(t' + (1-t') sqrt(1-g^2)), scales it by t'/t~ and adds g (1-t') noise(i). With
-    the exact map, x_t' has the law of the flow for every g from 0 (no noise) to 1.
+    t~ = t'/(t' + (1-t') sqrt(1-g^2)) and scales it by t'/t~, which leaves old noise of the size
+    (1-t') sqrt(1-g^2). Then it adds g (1-t') noise(i). With the exact map, x_t' has the law of
+    the flow for every g from 0 (no noise) to 1.
     """
     taus = torch.linspace(0, 1, steps + 1, device=state.device)
     for i, (tau, tau_next) in enumerate(zip(taus, taus[1:])):
@@ -84,9 +86,9 @@ def semigroup(delta, denoiser, model, state, tau_s, tau_t):
     delta_{s,t}(x) = w delta_{s,u}(x) + (1-w) delta_{u,t}(X_{s,u}(x)),
     w = (1-t)(u-s) / ((1-u)(t-s)). `denoiser` is not needed; other objectives use it.
 
-    A journey to t = 1 ends with one Euler step from u = LATEST, as sampling a flow does:
-    delta_{s,1}(x) = delta_{u,u}(X_{s,u}(x)). With u midway, w would be 0. Then the property would
-    hold for every delta_{u,1} that is constant along trajectories and would not fix its value.
+    A journey to t = 1 ends with one Euler step from tau_u = LATEST, as sampling a flow does:
+    delta_{s,1}(x) = delta_{u,u}(X_{s,u}(x)). With u midway, w = 0, and the property would only say
+    delta_{s,1}(x) = delta_{u,1}(X_{s,u}(x)). Every function of the end of a trajectory obeys that.
     """
     ends = tau_t == 1
     tau_u = torch.where(ends, LATEST, (tau_s + tau_t) / 2)
@@ -105,9 +107,10 @@ def draw_journeys(rows, device, latest=LATEST, ends=ENDS):
     A share `ends` of them leads to the data, tau_t = 1. The durations of the others are uniform.
     The others end at `latest` or earlier.
     """
-    tau = rows.times(device)
-    to_data = tau >= 1 - ends
-    duration = torch.where(to_data, 0, latest * tau / (1 - ends))
+    uniform = rows.times(device)  # stratified numbers, as a time of the even rows in map_loss
+    to_data = uniform >= 1 - ends
+    # the 0 is for their starts, which are anywhere up to `latest`
+    duration = torch.where(to_data, 0, latest * uniform / (1 - ends))
     start = (2 * rows.uniform((), device, "start") - 1).clamp(min=0)
     tau_s = (latest - duration) * start
     return tau_s, torch.where(to_data, 1, tau_s + duration)
@@ -118,7 +121,8 @@ def map_loss(teacher, objective=semigroup, latest=LATEST, ends=ENDS):
     Even rows of a batch have s = t. Their target is the teacher's D_t, or the tokens if there is
     no teacher. Odd rows are journeys from s to t. Their target is `objective`, computed with the
     network itself and without gradient. With an exact teacher, the exact map has loss 0, except
-    for journeys to t = 1.
+    for journeys to t = 1. The tau that is returned is the time of even rows and sets the duration
+    of odd rows.
     """
     def loss(model, tokens, rows):
         tau = rows.times(tokens.device)
@@ -164,7 +168,7 @@ INHERITED = [*INHERITED[: INHERITED.index("max_steps")], "clock", "sampler"]
 class Config(flm.Config):
     """Settings of a distillation. The settings of data and network are the flow's."""
 
-    teacher: str = flm.setting("flow", "none: learn from the text alone",
+    teacher: str = flm.setting("flow", "none: learn D_t from the text; the flow gives settings",
                                choices=("flow", "none"), group="distillation")
     renoise: float = flm.setting(0.0, "share of fresh noise between sampling steps", most=1)
     sample_steps: int = flm.setting(1, "network evaluations per text", least=1)

@@ -122,7 +122,7 @@ class Clock(nn.Module):
         zero, one = loss.new_zeros(1), loss.new_ones(1)
         removed = torch.cat([zero, (first - loss) / fall, one])
         middle = (torch.arange(len(loss), device=loss.device) + 0.5) / len(loss)
-        t = self.t(torch.cat([zero, middle, one]))
+        t = self.t(torch.cat([zero, middle, one]))  # where `removed` is known, by the old tau
         tau = (self.paper[0] + interpolate(self.paper[1], t, removed)) / 2
         self.nodes[0, :-1] = tau[:-1].clamp(max=1 - 2**-24)  # only the last node is 1
         self.sums.zero_()
@@ -1069,7 +1069,8 @@ def parse_known(model, prompt, infill):
     text = text.encode(errors="ignore").decode()  # drops bytes that are not UTF-8
     tokenizer, L, padded = model.tokenizer, model.config.seq_len, not model.config.packing
     ids = [] if padded or tokenizer.begin is None else [tokenizer.begin]
-    most = L - 1 if padded or ids else L  # these rows end with an end token
+    # a padded row is: text, end tokens; a packed row is: begin, text, end, or text only
+    most = L - 1 if padded or ids else L
     if prompt:
         most -= 1  # at least one token is unknown
 
