@@ -276,15 +276,15 @@ class Tokenizer:
 
     def decode(self, ids):
         """The text of a row of ids. A begin or end token inside it becomes a line break."""
-        pieces = [[]]
+        lines = [[]]
         for i in map(int, ids):
             if i in (self.begin, self.end):
-                pieces.append([])
+                lines.append([])
             else:
-                pieces[-1].append(i)
-        return "\n".join(map(self.decode_piece, pieces)).strip("\n")
+                lines[-1].append(i)
+        return "\n".join(map(self.decode_line, lines)).strip("\n")
 
-    def decode_piece(self, ids):
+    def decode_line(self, ids):
         if self.kind == "ids":
             return " ".join(map(str, ids))
         if self.kind == "chars":

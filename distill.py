@@ -9,11 +9,11 @@ The flow map X_{s,t} maps the state at time s to the state at time t of the same
 
     X_{s,t}(x) = (1-t)/(1-s) x + (t-s)/(1-s) delta_{s,t}(x)
 
-delta_{s,t} is a weighted mean of the flow's denoisers D_r, s < r < t, along the trajectory: one
-distribution over tokens per position. delta_{t,t} = D_t is learned from the flow, and the semigroup
-property extends it to s < t. The network is that of the flow with a second time input. One step
-from s = 0 to t = 1 writes a text. Paper: arXiv 2602.16813, v2. Settings that are not given are
-those of the flow, except beta2 = 0.95, no dropout and PRESETS.
+delta_{s,t}, the mean denoiser, is a weighted mean of the flow's denoisers D_r, s < r < t, along the
+trajectory: one distribution over tokens per position. delta_{t,t} = D_t is learned from the flow,
+and the semigroup property extends it to s < t. The network is that of the flow with a second time
+input. One step from s = 0 to t = 1 writes a text. Paper: arXiv 2602.16813, v2. Settings that are
+not given are those of the flow, except beta2 = 0.95, no dropout and PRESETS.
 """
 
 from dataclasses import dataclass
@@ -69,6 +69,10 @@ def sample(model, n, steps, seed, renoise=0.0, known=None):
 
     return flm.in_batches(model, n, seed, solve, known)
 
+def one_step(model, n, steps, seed):
+    """The texts (n, L) of one step, whatever `steps` is. Shows the progress of a training."""
+    return sample(model, n, 1, seed)
+
 def mean_denoiser(model, known=None):
     """delta(state, tau_s, tau_t) -> probs (B, L, V)."""
     def delta(state, tau_s, tau_t):
@@ -87,8 +91,8 @@ def semigroup(delta, denoiser, model, state, tau_s, tau_t):
     w = (1-t)(u-s) / ((1-u)(t-s)). `denoiser` is not needed; other objectives use it.
 
     A journey to t = 1 ends with one Euler step from tau_u = LATEST, as sampling a flow does:
-    delta_{s,1}(x) = delta_{u,u}(X_{s,u}(x)). With u midway, w = 0, and the property would only say
-    delta_{s,1}(x) = delta_{u,1}(X_{s,u}(x)). Every function of the end of a trajectory obeys that.
+    delta_{s,1}(x) = delta_{u,u}(X_{s,u}(x)). With u midway, w = 0 at t = 1, and the property would
+    only say delta_{s,1}(x) = delta_{u,1}(X_{s,u}(x)), which also holds for a wrong end.
     """
     ends = tau_t == 1
     tau_u = torch.where(ends, LATEST, (tau_s + tau_t) / 2)
@@ -101,17 +105,16 @@ def semigroup(delta, denoiser, model, state, tau_s, tau_t):
     w = torch.where(t == 1, 0.0, w)  # also if u rounds to 1
     return torch.lerp(second, first, w)
 
-def draw_journeys(rows, device, latest=LATEST, ends=ENDS):
+def draw_journeys(rows, uniform, latest=LATEST, ends=ENDS):
     """Times tau_s, tau_t (B,) of journeys. Half of them start at the noise, tau_s = 0.
 
-    A share `ends` of them leads to the data, tau_t = 1. The durations of the others are uniform.
-    The others end at `latest` or earlier.
+    uniform (B,): numbers in [0, 1). Those above 1 - ends are journeys to the data, tau_t = 1. The
+    others set the durations of journeys that end at `latest` or earlier.
     """
-    uniform = rows.times(device)  # stratified numbers, as a time of the even rows in map_loss
     to_data = uniform >= 1 - ends
-    # the 0 is for their starts, which are anywhere up to `latest`
+    # with duration 0, journeys to the data start anywhere up to `latest`
     duration = torch.where(to_data, 0, latest * uniform / (1 - ends))
-    start = (2 * rows.uniform((), device, "start") - 1).clamp(min=0)
+    start = (2 * rows.uniform((), uniform.device, "start") - 1).clamp(min=0)
     tau_s = (latest - duration) * start
     return tau_s, torch.where(to_data, 1, tau_s + duration)
 
@@ -128,7 +131,7 @@ def map_loss(teacher, objective=semigroup, latest=LATEST, ends=ENDS):
         tau = rows.times(tokens.device)
         even = slice(rows.index.start % 2, None, 2)
         odd = slice(1 - rows.index.start % 2, None, 2)
-        tau_s, tau_t = draw_journeys(rows, tokens.device, latest, ends)
+        tau_s, tau_t = draw_journeys(rows, tau, latest, ends)
         tau_s[even] = tau_t[even] = tau[even]
         (s,) = times(model, tau_s)
         state = torch.lerp(model.noise(rows), model.clean(tokens), s)
@@ -161,14 +164,14 @@ def frozen_denoiser(model, known, part):
 
 PRESETS = {"sentences": dict(max_steps=3500), "words": dict(max_steps=1000, lr=4e-3),
            "sotu": dict(max_steps=1000, lr=4e-3)}
-INHERITED = [f.name for f in flm.fields(flm.Config)]  # from the flow: no flags
-INHERITED = [*INHERITED[: INHERITED.index("max_steps")], "clock", "sampler"]
+SETTINGS = [f.name for f in flm.fields(flm.Config)]
+INHERITED = [*SETTINGS[: SETTINGS.index("max_steps")], "clock", "sampler"]  # no flags: the flow's
 
 @dataclass
 class Config(flm.Config):
     """Settings of a distillation. The settings of data and network are the flow's."""
 
-    teacher: str = flm.setting("flow", "none: learn D_t from the text; the flow gives settings",
+    teacher: str = flm.setting("flow", "none: the target for s = t is the text",
                                choices=("flow", "none"), group="distillation")
     renoise: float = flm.setting(0.0, "share of fresh noise between sampling steps", most=1)
     sample_steps: int = flm.setting(1, "network evaluations per text", least=1)
@@ -216,9 +219,7 @@ def main(argv):
         model.embedding.requires_grad_(False)  # teacher and map have the same states
         if config.compile and flow.device.type == "cuda":
             teacher.compile()
-    one_step = partial(sample, steps=1)
-    model = flm.train(model, map_loss(teacher), corpus, config, "fmlm",
-                      lambda model, n, steps, seed: one_step(model, n, seed=seed))
+    model = flm.train(model, map_loss(teacher), corpus, config, "fmlm", one_step)
     if teacher:
         flm.show("flow, steps: 64", flow, flm.sample(flow, 8, 64, config.seed))
     for steps in (1, 2, 4):

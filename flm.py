@@ -109,9 +109,8 @@ class Clock(nn.Module):
     def respace(self):
         """Sets tau(t) to the mean of the decodability and the relative fall of the loss up to t.
 
-        The mean of two distributions: half of the times are the paper's, and half are where the
-        loss falls. The paper's alone are rare at small t, where the length of a text and its
-        frequent words are decided.
+        Half of the times are then the paper's, and half are where the loss falls. The paper's times
+        alone are rare at small t, where the length of a text and its frequent words are decided.
         """
         loss = self.sums[0] / self.sums[1]  # in the middle of each slice
         loss = loss.cummin(0).values  # the exact loss falls; its estimate is noisy
@@ -450,7 +449,7 @@ class Transformer(nn.Module):
         return white @ (self.embedding if self.V <= self.config.width else self.factor().T)
 
     def factor(self):
-        """chol(E^T E), (D, D), differentiable in E. NaN, which stops training, if singular."""
+        """chol(E^T E), (D, D), differentiable in E. NaN if it does not exist: training stops."""
         E = self.embedding
         if not E.requires_grad and self.cached_factor[0] == E._version:  # counts changes of E
             return self.cached_factor[1]
@@ -914,9 +913,9 @@ def write_log(path, log):
             file.write("\n    ".join([f"step {entry['step']}", *entry["samples"]]) + "\n")
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name in ("loss", "heldout"):
+    for name, label in (("loss", "training"), ("heldout", "held out, at the paper's times")):
         points = [(entry["step"], entry[name]) for entry in log if name in entry]
-        left.plot(*zip(*points), ".-", label=name)
+        left.plot(*zip(*points), ".-", label=label)
     left.set(xlabel="step", ylabel="loss (nats per token)")
     left.legend()
     for entry in evaluations[-1:]:
@@ -1076,11 +1075,11 @@ def parse_known(model, prompt, infill):
 
     # parts with an odd index are gaps
     gap = "(_)" if tokenizer.kind == "chars" else r" ?(\[MASK(?::\d{1,4})?\])"
-    for i, piece in enumerate(re.split(gap, text) if infill else [text]):
+    for i, part in enumerate(re.split(gap, text) if infill else [text]):
         if i % 2:
-            ids += [-1] * int(re.sub(r"\D", "", piece) or 1)
+            ids += [-1] * int(re.sub(r"\D", "", part) or 1)
         else:
-            ids += tokenizer.encode([piece])[0]
+            ids += tokenizer.encode([part])[0]
     if infill and -1 not in ids:
         raise UserError(f"{flag} {text}: has no gap; write _ or [MASK:n] for unknown tokens")
     if len(ids) > most:

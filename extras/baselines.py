@@ -154,7 +154,7 @@ def mdlm_sample(model, n, steps, seed, temperature=1.0, known=None):
 NETWORKS = flm.NETWORKS | dict(ar=AR, mdlm=MDLM)
 LOSSES = dict(ar=ar_loss, mdlm=mdlm_loss)
 SAMPLERS = dict(ar=ar_sample, mdlm=mdlm_sample)
-LR = dict(  # the best of three values
+LR = dict(  # chosen among three values
     ar=dict(sentences=1e-2, words=6e-3, sotu=1e-2),
     mdlm=dict(sentences=4e-3, words=3e-3, sotu=5e-3))
 

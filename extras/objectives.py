@@ -98,7 +98,7 @@ def squared_loss(model, tokens, rows, delta, target):
 
     No gradient flows through X'. Returns the mean error over positions (B,), and tau_s (B,).
     """
-    tau_s, tau_t = distill.draw_journeys(rows, tokens.device)  # all rows are journeys
+    tau_s, tau_t = distill.draw_journeys(rows, rows.times(tokens.device))  # in all rows
     s, t = distill.times(model, tau_s, tau_t)
     state = torch.lerp(model.noise(rows), model.clean(tokens), s)
 
@@ -183,11 +183,8 @@ def main(argv):
     else:
         config.compile = False  # torch.func.jvp needs an uncompiled network
         loss = distill.map_loss(flow, TARGETS[config.objective], latest=0.99, ends=0)
-
-    def one_step(model, n, steps, seed):
-        return distill.sample(model, n, 1, seed)
     model = make_student(flm.FlowMap, config, flow)
-    model = flm.train(model, loss, corpus, config, "fmlm", one_step)
+    model = flm.train(model, loss, corpus, config, "fmlm", distill.one_step)
     for steps in (1, 2, 4):
         texts = distill.sample(model, 8, steps, config.seed)
         flm.show(f"map, steps: {steps}", model, texts)

@@ -23,9 +23,12 @@ def test_tables(folder, capsys):
     texts = [(row["texts"], row["name"]) for row in report["sample"]]
     assert len(texts) == 11 and {(1, "flow 64"), (16, "map 1"), (128, "ar 8")} <= set(texts)
 
-def test_peak_memory():
+def test_measurements():
     def step():
         a, b = torch.empty(10**6), torch.empty(10**6)
         del a
         b[: 10**5].clone()
     assert bench.peak_bytes(step) == 8 * 10**6
+    calls = []
+    bench.median_seconds({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
+    assert "".join(calls) == "ababab"  # in turn, with one run to warm up

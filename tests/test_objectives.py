@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,10 +63,16 @@ def test_a_correction_has_no_cap():
 
 @pytest.mark.parametrize("objective", ["two-stage", "lagrangian", "eulerian"])
 def test_every_objective_writes_a_map(folder, objective):
-    """Rows of 80 tokens use fused attention, which has no forward-mode derivative."""
+    """Rows of 80 tokens use fused attention, which has no forward-mode derivative. A resumed run
+    gives the weights of an uninterrupted one."""
     run(flm, f"{TINY} --tokenizer bpe --packing --seq-len 80 --max-steps 3 --run-dir r")
-    run(objectives, f"--objective {objective} --run-dir r --max-steps 4 --device cpu")
+    flags = f"--objective {objective} --run-dir r --max-steps 4 --eval-every 1 --device cpu"
+    run(objectives, flags)
     model = flm.load("r/fmlm.pt")
     assert model.kind == "fmlm" and distill.sample(model, 2, 2, seed=0).shape == (2, 80)
     assert torch.equal(model.embedding, flm.load("r/flm.pt").embedding)
     assert model.time_t.mlp[2].weight.abs().max() > 0  # it was 0 at first
+
+    Path("r/fmlm.prev.pt").replace("r/fmlm.pt")  # one step earlier
+    run(objectives, f"{flags} --resume")
+    assert all(map(torch.equal, model.parameters(), flm.load("r/fmlm.pt").parameters()))
