@@ -229,8 +229,8 @@ def euler(denoiser, state, clock, steps, clean=lambda probs: probs):
     """[FLM] Euler sampler on a uniform grid of tau. Yields (tau, state, probs) of each step.
 
     denoiser(state, tau (B,), tau_next (B,)) -> probs (B, L, V): E[x1 | x_t] for a flow, which
-    ignores tau_next. clean(probs) is the state at t = 1; the default is for states x_t in R^V. The
-    argmax of the last probs is the text.
+    ignores tau_next. clean(probs) is a state with probs in place of x1; the default is for states
+    x_t in R^V. The argmax of the last probs is the text.
     """
     taus = torch.linspace(0, 1, steps + 1, device=state.device)
     for i, (tau, tau_next) in enumerate(zip(taus, taus[1:])):
@@ -260,9 +260,9 @@ def ancestral(denoiser, state, clock, steps, clean, noise, uniform):
         tokens = draw_tokens(probs, uniform(i))
         yield tau, state, tokens
         t, u = clock.t(tau), clock.t(tau_next)  # u > t is the next, cleaner time
-        # A process with the law of x_t given x1 at each time, in which x_t is a noisier x_u:
-        # x_t = (t/u) x_u + N(0, (1-t)^2 - (t/u)^2 (1-u)^2). By Bayes' rule, x_u given x_t and x1 is
-        # Gaussian, with mean a x_t + b x1 and variance v.
+        # Let x_t = (t/u) x_u + fresh noise N(0, (1-t)^2 - (t/u)^2 (1-u)^2). Given x1, it is then
+        # N(t x1, (1-t)^2), as in the flow. By Bayes' rule, x_u given x_t and x1 is Gaussian, with
+        # mean a x_t + b x1 and variance v.
         a = t * (1 - u) ** 2 / (u * (1 - t) ** 2)
         b = (u - t) * (u + t - 2 * u * t) / (u * (1 - t) ** 2)
         v = (1 - u) ** 2 / u * b
@@ -413,6 +413,7 @@ class Transformer(nn.Module):
         self.position = None if config.packing else nn.Parameter(torch.zeros(L, D))
         self.takes_prompts = config.condition_prob > 0
         self.known_embedding = nn.Parameter(torch.zeros(D)) if self.takes_prompts else None
+        # of the time of the state, which a flow calls t and a flow map s; and of the map's t > s
         self.time_s = TimeEmbedding(config.cond_width, config.time_scale)
         self.time_t = TimeEmbedding(config.cond_width, config.time_scale) if two_times else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
@@ -453,9 +454,9 @@ class Transformer(nn.Module):
         E = self.embedding
         if not E.requires_grad and self.cached_factor[0] == E._version:  # counts changes of E
             return self.cached_factor[1]
-        # gram = E^T E: gradients also reach E through the noise. If the gradient of gram is G, then
-        # that of E is E (G + G^T) = 2 E G, because G from cholesky is symmetric. To save a product,
-        # only the left E is differentiated, and its gradient is doubled.
+        # Gradients reach E through the noise, too. If the gradient of gram = E^T E is G, then that
+        # of E is E (G + G^T) = 2 E G, because G from cholesky is symmetric. To save the product
+        # E G^T, only the left E is differentiated; the line after it doubles the gradient.
         gram = E.T @ E.detach()
         gram = 2 * gram - gram.detach()
         factor, failed = torch.linalg.cholesky_ex(gram)  # unlike cholesky, does not synchronise
@@ -474,9 +475,8 @@ class Transformer(nn.Module):
         """Logits (B, L, V), float32, of the clean tokens.
 
         state (B, L, D) at time tau_s (B,). With tau_t (B,), for a flow map: the logits of
-        delta_{s,t}. These are the probs with which one Euler step leads from tau_s to the end of
-        the exact trajectory at tau_t. known (B, L): given tokens, -1 where unknown; their state is
-        not read.
+        delta_{s,t}. With these probs, one Euler step from tau_s lands where the exact trajectory is
+        at tau_t. known (B, L): given tokens, -1 where unknown; their state is not read.
         """
         L = state.shape[1]
         cond = self.time_s(self.clock.paper_tau(tau_s))
@@ -541,6 +541,7 @@ class Config:
     micro_batch_size: int = setting(0, "rows per forward pass; 0: automatic")
     optimizer: str = setting("adamw", "muon: for the matrices of blocks", choices=("adamw", "muon"))
     lr: float = setting(3e-4, "learning rate", most=1)
+    embedding_lr: float = setting(1.0)  # learning rate of E, relative to lr
     clock: str = setting("paper", "times of training and sampling", choices=("paper", "adaptive"))
     warmup: int = setting(2500, "steps of learning-rate warm-up")
     decay: float = setting(0.0, "share of the steps with learning-rate decay, at the end", most=1)
@@ -577,7 +578,8 @@ SMALL = dict(depth=4, width=128, heads=4, cond_width=64, dropout=0.0, time_scale
 PRESETS = {
     "sentences": SMALL | dict(
         vocab_size=2048, seq_len=20, packing=False, condition_prob=0.1,
-        max_steps=3200, batch_size=32, lr=7e-3, eval_every=500, eval_rows=256),
+        max_steps=3200, batch_size=32, lr=7e-3, embedding_lr=0.3, eval_every=500,
+        eval_rows=256),
     "words": SMALL | dict(
         tokenizer="chars", seq_len=16, packing=False, condition_prob=0.1, width=96, heads=3,
         max_steps=1600, batch_size=128, eval_every=400, eval_rows=256),
@@ -657,11 +659,14 @@ def make_optimizers(model, config):
         for block in model.blocks:
             qkv.append(block.qkv.weight)
             matrices += [block.out.weight, block.mlp[0].weight, block.mlp[2].weight]
-    by_muon = set(map(id, qkv + matrices))
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in by_muon]
+    special = set(map(id, [model.embedding, *qkv, *matrices]))
+    rest = [p for p in model.parameters() if id(p) not in special]
+    groups = [dict(params=rest, relative_lr=1.0)]
+    if model.embedding.requires_grad:
+        groups.append(dict(params=[model.embedding], relative_lr=config.embedding_lr))
     betas = 0.9, config.beta2
-    optimizers = [torch.optim.AdamW(rest, config.lr, betas, weight_decay=0, fused=True)]
-    if by_muon:
+    optimizers = [torch.optim.AdamW(groups, config.lr, betas, weight_decay=0, fused=True)]
+    if matrices:
         groups = [dict(params=qkv, stacked=3), dict(params=matrices)]
         optimizers.append(Muon(groups, config.lr))
     return optimizers
@@ -968,7 +973,7 @@ def train(model, loss, corpus, config, kind, sample):
             # learning rate
             groups = [group for optimizer in optimizers for group in optimizer.param_groups]
             for group in groups:
-                group["lr"] = get_lr(step, config)
+                group["lr"] = get_lr(step, config) * group.get("relative_lr", 1.0)
 
             # the gradient, summed over micro-batches; the processes average it in the last one
             torch.manual_seed(config.seed + step * world() + rank())  # dropout
@@ -1018,8 +1023,9 @@ def train(model, loss, corpus, config, kind, sample):
                 say(f"step {done}:")
                 log.append(dict(step=done) | evaluate(average, loss, corpus, config, sample))
             if save and rank() == 0:
+                saved = Config.saved(config)  # without the settings of subclasses: see load()
                 save_checkpoint(path, dict(
-                    kind=kind, step=done, log=log, config=Config.saved(config),  # base class only
+                    kind=kind, step=done, log=log, config=saved,
                     source=corpus.meta["source"], tokenizer=corpus.tokenizer.checksum,
                     model=model.state_dict(), average=average.state_dict(),
                     optimizers=[optimizer.state_dict() for optimizer in optimizers]))
@@ -1068,7 +1074,7 @@ def parse_known(model, prompt, infill):
     text = text.encode(errors="ignore").decode()  # drops bytes that are not UTF-8
     tokenizer, L, padded = model.tokenizer, model.config.seq_len, not model.config.packing
     ids = [] if padded or tokenizer.begin is None else [tokenizer.begin]
-    # a padded row is: text, end tokens; a packed row is: begin, text, end, or text only
+    # one place is for an end token in a padded row, and in a packed row with a begin token
     most = L - 1 if padded or ids else L
     if prompt:
         most -= 1  # at least one token is unknown
@@ -1133,7 +1139,8 @@ def run_command(main):
         sys.stdout.flush()
     except (UserError, OSError) as error:
         status, message = 2, str(error)
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+    # torch.OutOfMemoryError is a RuntimeError; a tensor may also overflow the largest possible size
+    except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("memory|overflow", str(error)):
             raise
         status = 2

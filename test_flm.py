@@ -365,6 +365,16 @@ def test_muon_is_torchs_muon_in_float32():
     singular = torch.linalg.svdvals(flm.orthogonalise(torch.randn(3, 24, 16)))
     assert 0.5 < singular.min() and singular.max() < 1.3
 
+def test_the_embedding_has_its_own_learning_rate(folder, monkeypatch):
+    """In step 1, the head is zero and E has no gradient. By AdamW's formulas, its first gradient in
+    step 2 changes it by m / sqrt(v) = (.1 / .19) / sqrt(.001 / .001999) of its learning rate."""
+    monkeypatch.setitem(flm.PRESETS["a text file"], "embedding_lr", 0.25)
+    for lr in (0.0, 0.01):
+        run(flm, f"{TINY} --max-steps 2 --decay 0 --ema 0 --lr {lr} --run-dir {lr}")
+    before, after = (flm.load(f"{name}/flm.pt").embedding for name in ("0.0", "0.01"))
+    expected = 0.25 * 0.01 * 0.1 / 0.19 / math.sqrt(0.001 / 0.001999)
+    assert abs((after - before).abs().max() / expected - 1) < 1e-3
+
 def test_the_learning_rate_rises_stays_and_falls():
     config = flm.Config(lr=1.0, warmup=10, decay=0.5, max_steps=100)
     rates = [round(flm.get_lr(s, config), 6) for s in (0, 4, 9, 30, 50, 75, 99)]

@@ -169,7 +169,8 @@ class Config(flm.Config):
 def main(argv):
     kind = flm.parse(argv, Config, __doc__, distill.INHERITED).get("model", "mdlm")
     config, flow, corpus = distill.join_run(
-        argv, Config, __doc__, kind, lambda flow: dict(lr=LR[kind].get(flow.dataset, flow.lr)))
+        argv, Config, __doc__, kind,
+        lambda flow: dict(lr=LR[kind].get(flow.dataset, flow.lr), embedding_lr=1.0))
     sample = partial(SAMPLERS[kind], temperature=config.temperature)
     if config.sample:
         return flm.write_samples(config, kind, sample, NETWORKS)
