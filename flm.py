@@ -413,7 +413,8 @@ class Transformer(nn.Module):
         self.position = None if config.packing else nn.Parameter(torch.zeros(L, D))
         self.takes_prompts = config.condition_prob > 0
         self.known_embedding = nn.Parameter(torch.zeros(D)) if self.takes_prompts else None
-        # of the time of the state, which a flow calls t and a flow map s; and of the map's t > s
+        # time_s embeds the time of the state, the only time of a flow; time_t embeds the later time
+        # to which a flow map jumps
         self.time_s = TimeEmbedding(config.cond_width, config.time_scale)
         self.time_t = TimeEmbedding(config.cond_width, config.time_scale) if two_times else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
@@ -455,8 +456,8 @@ class Transformer(nn.Module):
         if not E.requires_grad and self.cached_factor[0] == E._version:  # counts changes of E
             return self.cached_factor[1]
         # Gradients reach E through the noise, too. If the gradient of gram = E^T E is G, then that
-        # of E is E (G + G^T) = 2 E G, because G from cholesky is symmetric. To save the product
-        # E G^T, only the left E is differentiated; the line after it doubles the gradient.
+        # of E is E (G + G^T) = 2 E G, because G from cholesky is symmetric. To save one of the two
+        # products, only the left E is differentiated; the line after it doubles the gradient.
         gram = E.T @ E.detach()
         gram = 2 * gram - gram.detach()
         factor, failed = torch.linalg.cholesky_ex(gram)  # unlike cholesky, does not synchronise
@@ -582,7 +583,7 @@ PRESETS = {
         eval_rows=256),
     "words": SMALL | dict(
         tokenizer="chars", seq_len=16, packing=False, condition_prob=0.1, width=96, heads=3,
-        max_steps=1600, batch_size=128, eval_every=400, eval_rows=256),
+        max_steps=1150, batch_size=128, eval_every=400, eval_rows=256),
     "sotu": SMALL | dict(
         seq_len=64, max_steps=2000, batch_size=32, eval_every=500, eval_rows=64),
     "lm1b": {},
@@ -638,7 +639,8 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"].lerp_(p.grad, 1 - group["beta"])
                 update = p.grad.lerp(state["momentum"], group["beta"])  # Nesterov
                 update = update.view(group["stacked"], -1, p.shape[1])
-                scale = 0.2 * math.sqrt(max(update.shape[1:]))  # the RMS of an AdamW update
+                # with this factor, the RMS of the update is 0.2, about that of AdamW
+                scale = 0.2 * math.sqrt(max(update.shape[1:]))
                 p.sub_(orthogonalise(update).view(p.shape), alpha=scale * group["lr"])
 
 def orthogonalise(G):
@@ -919,8 +921,9 @@ def write_log(path, log):
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, label in (("loss", "training"), ("heldout", "held out, at the paper's times")):
-        points = [(entry["step"], entry[name]) for entry in log if name in entry]
-        left.plot(*zip(*points), ".-", label=label)
+        entries = [entry for entry in log if name in entry]
+        left.plot([entry["step"] for entry in entries], [entry[name] for entry in entries],
+                  ".-", label=label)
     left.set(xlabel="step", ylabel="loss (nats per token)")
     left.legend()
     for entry in evaluations[-1:]:
@@ -1023,7 +1026,7 @@ def train(model, loss, corpus, config, kind, sample):
                 say(f"step {done}:")
                 log.append(dict(step=done) | evaluate(average, loss, corpus, config, sample))
             if save and rank() == 0:
-                saved = Config.saved(config)  # without the settings of subclasses: see load()
+                saved = Config.saved(config)  # without those that a subclass adds to saved()
                 save_checkpoint(path, dict(
                     kind=kind, step=done, log=log, config=saved,
                     source=corpus.meta["source"], tokenizer=corpus.tokenizer.checksum,
@@ -1074,10 +1077,10 @@ def parse_known(model, prompt, infill):
     text = text.encode(errors="ignore").decode()  # drops bytes that are not UTF-8
     tokenizer, L, padded = model.tokenizer, model.config.seq_len, not model.config.packing
     ids = [] if padded or tokenizer.begin is None else [tokenizer.begin]
-    # one place is for an end token in a padded row, and in a packed row with a begin token
+    # padded rows, and packed rows with a begin token, end with an end token
     most = L - 1 if padded or ids else L
     if prompt:
-        most -= 1  # at least one token is unknown
+        most -= 1  # room for at least one new token
 
     # parts with an odd index are gaps
     gap = "(_)" if tokenizer.kind == "chars" else r" ?(\[MASK(?::\d{1,4})?\])"
@@ -1168,6 +1171,7 @@ def main(argv):
         options = dict(sampler=config.sampler, temperature=config.temperature)
         return write_samples(config, "flm", partial(sample, **options))
     device = setup(config)
+    check(config)  # again, with the number of processes
     config = open_run(config, given, "flm", "fmlm")
     corpus = prepare_corpus(config)
     begin_run(config, "flm", "fmlm")

@@ -657,6 +657,11 @@ def test_one_and_two_processes_train_identically(folder, program, kind):
         assert (gradient - found[0][0]).norm() < 1e-5 * found[0][0].norm() != 0
         assert torch.allclose(heldout, found[0][1], rtol=1e-4)
 
+def test_a_batch_that_two_processes_cannot_share_is_refused(folder):
+    done = command("flm.py", f"{TINY} --batch-size 7 --run-dir r", processes=2)
+    message = "flm.py: --batch-size 7: must be a multiple of the 2 processes"
+    assert done.stderr.splitlines().count(message) == 1 and not Path("r").exists()
+
 def test_a_corpus_of_one_line_needs_one_step(folder, capsys):
     Path("a.txt").write_text("the flow\n")
     run(flm, f"{TINY} --max-steps 120 --lr .02 --eval-every 999 --run-dir r")
