@@ -622,7 +622,7 @@ def flag_of(name):
 class Muon(torch.optim.Optimizer):
     """Momentum with an orthogonalised update, for matrices (Jordan et al. 2024).
 
-    torch.optim.Muon with adjust_lr_fn="match_rms_adamw", but in float32: most CPUs are slow in
+    torch.optim.Muon with adjust_lr_fn="match_rms_adamw" and no weight decay, but in float32: most CPUs are slow in
     bfloat16. A parameter may consist of `stacked` matrices, one below the other, as for q, k and v.
     """
 
@@ -1077,7 +1077,8 @@ def parse_known(model, prompt, infill):
     text = text.encode(errors="ignore").decode()  # drops bytes that are not UTF-8
     tokenizer, L, padded = model.tokenizer, model.config.seq_len, not model.config.packing
     ids = [] if padded or tokenizer.begin is None else [tokenizer.begin]
-    # padded rows, and packed rows with a begin token, end with an end token
+    # a row ends with an end token if it is padded, or if data.py puts each packed row between a
+    # begin and an end token; `ids` is [begin] then
     most = L - 1 if padded or ids else L
     if prompt:
         most -= 1  # room for at least one new token
