@@ -622,8 +622,9 @@ def flag_of(name):
 class Muon(torch.optim.Optimizer):
     """Momentum with an orthogonalised update, for matrices (Jordan et al. 2024).
 
-    torch.optim.Muon with adjust_lr_fn="match_rms_adamw" and no weight decay, but in float32: most CPUs are slow in
-    bfloat16. A parameter may consist of `stacked` matrices, one below the other, as for q, k and v.
+    torch.optim.Muon with adjust_lr_fn="match_rms_adamw" and no weight decay, but in float32,
+    because most CPUs are slow in bfloat16. A parameter may consist of `stacked` matrices, one below
+    the other, as for q, k and v.
     """
 
     def __init__(self, params, lr, beta=0.95, stacked=1):
