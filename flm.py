@@ -606,6 +606,8 @@ def check(config):
             raise UserError(f"{flag_of(f.name)} {value}: must be of type {name}")
         if f.type in (int, float) and not least <= value <= most:
             raise UserError(f"{flag_of(f.name)} {value}: must be from {least} to {most}")
+    if (config.prompt or config.infill) and not config.sample:
+        raise UserError("--prompt and --infill: need --sample")
     B, micro = config.batch_size, config.micro_batch_size
     if config.width % (2 * config.heads):
         raise UserError(f"--width {config.width}: must be a multiple of 2 * --heads")
@@ -730,6 +732,8 @@ def prepare_corpus(config):
     corpus = data.prepare(**{name: getattr(config, name) for name in names})
     counts = f"{corpus.rows('train'):,} training rows, {corpus.rows('heldout'):,} held-out rows"
     say(f"{config.dataset}: {counts}, L = {config.seq_len}, V = {corpus.tokenizer.vocab_size}")
+    if corpus.splits["heldout"] is corpus.splits["train"]:
+        say("no row is held out: the evaluations use the training rows")
     if skipped := corpus.meta["skipped"]:
         say(f"skipped {skipped:,} documents that do not fit in --seq-len {config.seq_len}")
     return corpus
@@ -763,6 +767,8 @@ def open_run(config, given, *kinds):
     found = [kind for kind in kinds if Path(folder, f"{kind}.pt").exists()]
     if config.resume:
         stored = config_path(folder, kinds[0])
+        if not stored.exists():
+            raise UserError(f"{stored}: no such file, so no run to resume; check --run-dir")
         with readable(stored, NEW_RUN):
             saved = json.loads(stored.read_text())
             config = replace(config, **saved)
@@ -1057,11 +1063,16 @@ def resume(path, model, average, optimizers, corpus):
 
 # ----------------------------------------------------------------------------- 11. Command line
 
-def to_lines(model, tokens):
-    """Decodes tokens (n, L): one line per text. A padded text ends before its first end token."""
+def to_lines(model, tokens, infilled=False):
+    """Decodes tokens (n, L): one line per text. A padded text ends before its first end token.
+
+    In an infilled padded text, an end token only shortens its gap.
+    """
     lines, end = [], model.tokenizer.end
     for ids in tokens.tolist():
-        if end in ids and not model.config.packing:
+        if infilled and not model.config.packing:
+            ids = [i for i in ids if i != end]
+        elif end in ids and not model.config.packing:
             ids = ids[: ids.index(end)]
         lines.append(model.tokenizer.decode(ids).replace("\n", "\\n"))
     return lines
@@ -1085,14 +1096,19 @@ def parse_known(model, prompt, infill):
         most -= 1  # room for at least one new token
 
     # parts with an odd index are gaps
-    gap = "(_)" if tokenizer.kind == "chars" else r" ?(\[MASK(?::\d{1,4})?\])"
-    for i, part in enumerate(re.split(gap, text) if infill else [text]):
+    chars = tokenizer.kind == "chars"
+    gap = "(_)" if chars else r" ?(\[MASK(?::\d{1,4})?\])"
+    parts = re.split(gap, text) if infill else [text]
+    if infill and len(parts) == 1:
+        form = "_ for an unknown character" if chars else "[MASK:n] for n unknown tokens"
+        raise UserError(f"{flag} {text}: has no gap; write {form}")
+    for i, part in enumerate(parts):
         if i % 2:
             ids += [-1] * int(re.sub(r"\D", "", part) or 1)
         else:
             ids += tokenizer.encode([part])[0]
     if infill and -1 not in ids:
-        raise UserError(f"{flag} {text}: has no gap; write _ or [MASK:n] for unknown tokens")
+        raise UserError(f"{flag} {text}: its gaps have no tokens; write [MASK:1] or more")
     if len(ids) > most:
         raise UserError(f"{flag} {text}: has {len(ids)} tokens, but at most {most} fit; shorten it")
 
@@ -1109,7 +1125,7 @@ def write_samples(config, kind, sample, networks=NETWORKS):
         known, shown = parse_known(model, config.prompt, config.infill)
     tokens = sample(model, config.num_samples, config.sample_steps, config.seed, known=known)
     if rank() == 0:
-        print("\n".join(to_lines(model, tokens[:, :shown])))
+        print("\n".join(to_lines(model, tokens[:, :shown], bool(config.infill))))
 
 def show(title, model, tokens):
     if rank() == 0:

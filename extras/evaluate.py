@@ -413,6 +413,8 @@ def evaluate_run(folder, args, device):
 def main(argv):
     args = parse(argv)
     device, out = flm.setup(args), Path(args.out or args.runs[0])
+    if args.out:
+        out.mkdir(parents=True, exist_ok=True)
     tables = [evaluate_run(Path(folder), args, device) for folder in args.runs]
     kinds = [[(row["model"], row.get("steps")) for row in samples] for _, samples, _ in tables]
     if any(kinds[0] != other for other in kinds):

@@ -92,6 +92,7 @@ def main(argv):
     if (args.run_dir / "fmlm.pt").exists():
         models.append((flm.load(args.run_dir / "fmlm.pt"), args.map_steps))
     page = make_page(models, args.num_samples, args.seed)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(page, encoding="utf-8")
     size = args.out.stat().st_size / 1024
     print(f"wrote {args.out}, {size:.0f} KiB")
