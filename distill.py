@@ -196,7 +196,6 @@ def join_run(argv, config_type, doc, kind, defaults, hidden=()):
     if flow.kind != "flm":
         raise UserError(f"{config.run_dir}/flm.pt: contains no flow; train one with flm.py")
     config = config_type(**(flow.config.saved() | defaults(flow.config) | given))
-    flm.check(config)
     config = flm.open_run(config, given, kind)
     corpus = flm.prepare_corpus(config)
     if flow.source not in ("", corpus.meta["source"]):  # a converted flow has no source

@@ -666,7 +666,7 @@ def make_optimizers(model, config):
             matrices += [block.out.weight, block.mlp[0].weight, block.mlp[2].weight]
     special = set(map(id, [model.embedding, *qkv, *matrices]))
     rest = [p for p in model.parameters() if id(p) not in special]
-    groups = [dict(params=rest, relative_lr=1.0)]
+    groups = [dict(params=rest)]
     if model.embedding.requires_grad:
         groups.append(dict(params=[model.embedding], relative_lr=config.embedding_lr))
     betas = 0.9, config.beta2
@@ -749,12 +749,13 @@ locks = []  # the lock of the run folder
 def open_run(config, given, *kinds):
     """Locks the run folder; returns the settings to train with: the saved ones with --resume.
 
-    kinds[0] is the model to train; the other kinds depend on it. Raises UserError if the folder is
-    in use, if it contains one of the kinds and neither --resume nor --overwrite is given, or if
-    `given` differs from the saved settings.
+    kinds[0] is the model to train; the other kinds depend on it. Raises UserError for settings
+    that do not fit, if the folder is in use, if it contains one of the kinds and neither --resume
+    nor --overwrite is given, or if `given` differs from the saved settings.
     """
     from filelock import FileLock
 
+    check(config)  # after setup(): the number of processes is known
     folder = Path(config.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if rank() == 0:
@@ -1033,9 +1034,9 @@ def train(model, loss, corpus, config, kind, sample):
                 say(f"step {done}:")
                 log.append(dict(step=done) | evaluate(average, loss, corpus, config, sample))
             if save and rank() == 0:
-                saved = Config.saved(config)  # without those that a subclass adds to saved()
+                # load() builds a Config, so the settings that a subclass adds are left out
                 save_checkpoint(path, dict(
-                    kind=kind, step=done, log=log, config=saved,
+                    kind=kind, step=done, log=log, config=Config.saved(config),
                     source=corpus.meta["source"], tokenizer=corpus.tokenizer.checksum,
                     model=model.state_dict(), average=average.state_dict(),
                     optimizers=[optimizer.state_dict() for optimizer in optimizers]))
@@ -1070,10 +1071,9 @@ def to_lines(model, tokens, infilled=False):
     """
     lines, end = [], model.tokenizer.end
     for ids in tokens.tolist():
-        if infilled and not model.config.packing:
-            ids = [i for i in ids if i != end]
-        elif end in ids and not model.config.packing:
-            ids = ids[: ids.index(end)]
+        if not model.config.packing:
+            last = len(ids) if infilled else [*ids, end].index(end)
+            ids = [i for i in ids[:last] if i != end]
         lines.append(model.tokenizer.decode(ids).replace("\n", "\\n"))
     return lines
 
@@ -1189,7 +1189,6 @@ def main(argv):
         options = dict(sampler=config.sampler, temperature=config.temperature)
         return write_samples(config, "flm", partial(sample, **options))
     device = setup(config)
-    check(config)  # again, with the number of processes
     config = open_run(config, given, "flm", "fmlm")
     corpus = prepare_corpus(config)
     begin_run(config, "flm", "fmlm")

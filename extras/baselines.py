@@ -157,7 +157,6 @@ SAMPLERS = dict(ar=ar_sample, mdlm=mdlm_sample)
 LR = dict(  # chosen among three values
     ar=dict(sentences=1e-2, words=6e-3, sotu=1e-2),
     mdlm=dict(sentences=4e-3, words=3e-3, sotu=5e-3))
-
 load = partial(flm.load, networks=NETWORKS)  # loads flm.pt, fmlm.pt, ar.pt and mdlm.pt
 
 @dataclass
