@@ -1,7 +1,7 @@
 """Converts text to batches of token ids: corpora, tokenizers and memory-mapped token files.
 
-    corpus = prepare("sentences", tokenizer="bpe", vocab_size=2048, seq_len=20, packing=False)
-    corpus.batch("train", rows=range(64))      # (64, 20) token ids, a pure function of the rows
+    corpus = prepare("sentences", tokenizer="bpe", vocab_size=4096, seq_len=18, packing=False)
+    corpus.batch("train", rows=range(64))      # (64, 18) token ids, a pure function of the rows
 
 A corpus is a text of corpora/, a UTF-8 text file with one document per line (.txt, .gz, .xz), lm1b
 or owt. It is tokenised once into data/NAME-KEY/. KEY is a hash of the text and of all settings.

@@ -65,7 +65,7 @@ def sample(model, n, steps, seed, renoise=0.0, known=None):
         delta = mean_denoiser(model, given)
         noise = partial(model.noise, rows)
         generator = few_steps(delta, noise(), model.clock, steps, model.clean, noise, renoise)
-        return flm.last(generator).argmax(-1)
+        return flm.most_probable(model, flm.last(generator), given)
 
     return flm.in_batches(model, n, seed, solve, known)
 

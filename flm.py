@@ -289,7 +289,7 @@ def sample(model, n, steps, seed, sampler="euler", temperature=1.0, known=None):
 
         arguments = denoiser, model.noise(rows), model.clock, steps, model.clean
         if sampler == "euler":
-            return last(euler(*arguments)).argmax(-1)
+            return most_probable(model, last(euler(*arguments)), given)
         noise = partial(model.noise, rows)
         uniform = partial(rows.uniform, (model.config.seq_len,), model.device)
         return last(ancestral(*arguments, noise, uniform))
@@ -299,6 +299,26 @@ def sample(model, n, steps, seed, sampler="euler", temperature=1.0, known=None):
 def last(sampler_steps):
     """The probs or tokens of the last step that a sampler yields."""
     return deque(sampler_steps, maxlen=1).pop()[2]
+
+def most_probable(model, probs, known=None):
+    """The text (B, L) of the last probs (B, L, V): the most probable token of each position.
+
+    A padded row consists of a text and then end tokens only, so its length n is chosen first.
+    Otherwise a text whose length is uncertain would be too short: each position near its end may
+    be an end token or one of many words, each less probable than the end token.
+    """
+    if model.config.packing:
+        return probs.argmax(-1)
+    end = model.tokenizer.end
+    p = probs[..., end]  # P(end)
+    if known is not None:
+        p = torch.where(known < 0, p, (known == end).to(p))
+    # P(n) is the product of 1 - p before position n and of p from there on. So position i changes
+    # log P by log((1-p)/p) = -logit(p) if it belongs to the text.
+    log_P = F.pad(-torch.special.logit(p, eps=1e-6).cumsum(1), (1, -1))  # n = 0 ... L - 1
+    inside = torch.arange(p.shape[1], device=p.device) < log_P.argmax(1, keepdim=True)
+    best, second = probs.topk(2).indices.unbind(-1)
+    return torch.where(inside, torch.where(best == end, second, best), end)
 
 @torch.no_grad()
 def in_batches(model, n, seed, solve, known=None):
@@ -578,7 +598,7 @@ SMALL = dict(depth=4, width=128, heads=4, cond_width=64, dropout=0.0, time_scale
              tokenizer="bpe")
 PRESETS = {
     "sentences": SMALL | dict(
-        vocab_size=2048, seq_len=20, packing=False, condition_prob=0.1,
+        vocab_size=4096, seq_len=18, packing=False, condition_prob=0.1,
         max_steps=3200, batch_size=32, lr=7e-3, embedding_lr=0.3, eval_every=500,
         eval_rows=256),
     "words": SMALL | dict(

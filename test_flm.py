@@ -242,6 +242,26 @@ def test_samplers_in_v_and_in_d_dimensions_agree():
     large = flm.last(flm.euler(in_v, eps, model.clock, 16))
     assert (small - large).abs().max() < 1e-12 and small.std() > 0.01
 
+def test_the_length_of_a_padded_text_is_chosen_first():
+    """1000 random rows, against the product of probabilities of every length (float64). With
+    packing, the text is the argmax. A known end token fixes the length."""
+    model, end, n, L = network(4, packing=False), 2, 1000, 5
+    model.tokenizer = SimpleNamespace(end=end)
+    probs = (3 * torch.randn(n, L, 4)).softmax(-1)
+    texts, p = flm.most_probable(model, probs), probs[..., end].double()
+    for length in range(L):
+        inside = torch.arange(L) < length
+        P = [torch.where(torch.arange(L) < k, 1 - p, p).prod(1) for k in range(L)]
+        rows = torch.stack(P).argmax(0) == length
+        words = probs[rows].index_fill(-1, torch.tensor(end), -1).argmax(-1)
+        assert rows.any() and torch.equal(texts[rows], torch.where(inside, words, end))
+    known = torch.full((n, L), -1)
+    known[:, 1], known[:, 3:] = 0, end
+    lengths = (flm.most_probable(model, probs, known) != end).sum(1)
+    assert torch.equal(lengths, 2 + (p[:, 2] < 0.5))
+    model.config.packing = True
+    assert torch.equal(flm.most_probable(model, probs), probs.argmax(-1))
+
 # ------------------------------------------------------------------------------ noise and loss
 
 @pytest.mark.parametrize("V, D", [(40, 6), (6, 6)])
@@ -523,6 +543,7 @@ def test_one_step_of_a_trained_map_does_not_mix_two_phrases():
                 group["lr"] = flm.get_lr(step, config)
             optimizer.step()
             optimizer.zero_grad()
+    config.packing = True  # these rows have no end tokens
     first, second = distill.sample(model, 2000, 1, 0).T
     assert (second != first + 1).float().mean() <= 0.01
     assert 0.45 < (first == 0).float().mean() < 0.55
