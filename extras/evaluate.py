@@ -272,7 +272,7 @@ def parse(argv):
     add = parser.add_argument
     add("runs", nargs="*", default=["runs/sentences"], help="folders of finished runs")
     add("--judge", default="words", choices=("words", "ar"), help="perplexity under n-grams or ar")
-    add("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16, 64], help="evaluations per text")
+    add("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 64], help="evaluations per text")
     add("--temperatures", type=float, nargs="+", default=[1.0], help="for flm ancestral, mdlm, ar")
     add("--num-samples", type=int, default=1000, help="texts per row of the table")
     add("--seed", type=int, default=0, help="seed of the samples")

@@ -139,7 +139,7 @@ def sample_correction(teacher, correction, n, steps, seed):
         tau_t = tau_s + 1
         delta = corrected(correction, teacher)
         probs = delta(correction.noise(rows), tau_s, tau_t)
-        return probs.argmax(-1)
+        return flm.most_probable(correction, probs)
     return flm.in_batches(correction, n, seed, solve)
 
 # ---------------------------------------------------------------------------------- 3. Command line

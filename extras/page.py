@@ -29,26 +29,18 @@ def solve(model, rows, steps):
     return flm.euler(denoiser, *arguments)
 
 def record(model, n, steps, seed):
-    """The most probable tokens after each evaluation: ids and percent, (steps, n, L) each.
-
-    In the last evaluation, all positions after the first end token of a padded text are set to end
-    tokens, because the text ends there.
-    """
+    """The most probable text after each evaluation: ids and percent, (steps, n, L) each."""
     def best(rows, known):
         frames = []
         for _, _, probs in solve(model, rows, steps):
-            p, ids = probs.max(-1)
+            ids = flm.most_probable(model, probs)
+            p = probs.gather(-1, ids[..., None])[..., 0]
             percent = (100 * p).round().long()
             frames.append(torch.stack([ids, percent]))
         return torch.stack(frames).permute(2, 0, 1, 3)  # (B, steps, 2, L)
 
     frames = flm.in_batches(model, n, seed, best)
-    ids, percent = frames.permute(2, 1, 0, 3)
-    if not model.config.packing:
-        end = model.tokenizer.end
-        ended = (ids[-1] == end).cumsum(-1) > 0
-        ids[-1, ended] = end
-    return ids, percent
+    return frames.permute(2, 1, 0, 3).unbind()
 
 def token_text(tokenizer, i):
     """The text that token i adds after another token, with its space; "" for an end token."""
