@@ -230,7 +230,7 @@ def euler(denoiser, state, clock, steps, clean=lambda probs: probs):
 
     denoiser(state, tau (B,), tau_next (B,)) -> probs (B, L, V): E[x1 | x_t] for a flow, which
     ignores tau_next. clean(probs) is a state with probs in place of x1; the default is for states
-    x_t in R^V. The argmax of the last probs is the text.
+    x_t in R^V. most_probable() makes a text of the last probs.
     """
     taus = torch.linspace(0, 1, steps + 1, device=state.device)
     for i, (tau, tau_next) in enumerate(zip(taus, taus[1:])):
@@ -303,9 +303,10 @@ def last(sampler_steps):
 def most_probable(model, probs, known=None):
     """The text (B, L) of the last probs (B, L, V): the most probable token of each position.
 
-    A padded row consists of a text and then end tokens only, so its length n is chosen first.
-    Otherwise a text whose length is uncertain would be too short: each position near its end may
-    be an end token or one of many words, each less probable than the end token.
+    known: token ids (B, L), -1 where unknown. A padded row consists of a text and then end tokens
+    only, so its length n is chosen first. Otherwise a text whose length is uncertain would be too
+    short: each position near its end may be an end token or one of many words, each less probable
+    than the end token.
     """
     if model.config.packing:
         return probs.argmax(-1)
