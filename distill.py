@@ -162,7 +162,7 @@ def frozen_denoiser(model, known, part):
 
 # ----------------------------------------------------------------------------- 3. Command line
 
-PRESETS = {"sentences": dict(max_steps=3500, lr=4e-3), "words": dict(max_steps=1000, lr=4e-3),
+PRESETS = {"sentences": dict(max_steps=3500, lr=2.5e-3), "words": dict(max_steps=1000, lr=4e-3),
            "sotu": dict(max_steps=1000, lr=4e-3)}
 SETTINGS = [f.name for f in flm.fields(flm.Config)]
 INHERITED = [*SETTINGS[: SETTINGS.index("max_steps")], "clock", "sampler"]  # no flags: the flow's
