@@ -239,7 +239,7 @@ def hide(text, rows, share, seed):
     return rows.masked_fill(inside & (random < share), -1)
 
 def infilling(models, text, judge, args):
-    """A row per model and hidden share, of num_samples / 2 texts: share restored, perplexity."""
+    """A row per model and hidden share, of num_samples / 4 texts: share restored, perplexity."""
     pool = torch.tensor([i for ids in text.train for i in ids if i != text.end])
 
     def chance(n, steps, seed, known):
@@ -251,7 +251,7 @@ def infilling(models, text, judge, args):
     for name, pick in (("flm", max), ("fmlm", min), ("mdlm", min), ("mdlm", max)):
         if name in models:
             samplers[name, pick(args.steps)] = partial(SAMPLERS[name], models[name])
-    rows, table = text.rows[: (args.num_samples + 1) // 2], []
+    rows, table = text.rows[: (args.num_samples + 3) // 4], []
     for (name, steps), sampler in samplers.items():
         for share in (0.25, 0.5, 0.75):
             hidden = hide(text, rows, share, args.seed)
