@@ -138,13 +138,16 @@ def bigrams(texts):
 class Text:
     """The text of a corpus, and measures of samples relative to it.
 
-    train, heldout: texts, tuples of ids. rows: the held-out rows (n, L).
+    train, heldout: texts, tuples of ids. rows: the held-out rows (n, L), in random order because
+    a corpus may be sorted.
     """
 
     def __init__(self, corpus):
         self.corpus, self.tokenizer = corpus, corpus.tokenizer
         self.end, self.padded = corpus.tokenizer.end, not corpus.packing
-        self.rows = self.read("heldout")
+        rows = self.read("heldout")
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+        self.rows = rows[order]
         self.heldout = self.texts(self.rows)
         self.train = self.texts(self.read("train"))
 
@@ -222,7 +225,8 @@ def likelihood(model, text, n):
     Exact for ar, an upper bound for flm and mdlm. Each row is evaluated at ten random times.
     """
     by_tau = flm.estimate_loss(model, LOSSES[model.kind], text.corpus, n)
-    return mean(by_tau) * text.corpus.seq_len / mean(map(len, text.heldout[:n]))
+    texts = text.texts(text.read("heldout")[:n])  # the same rows
+    return mean(by_tau) * text.corpus.seq_len / mean(map(len, texts))
 
 def hide(text, rows, share, seed):
     """Rows (n, L) with -1 at a random share of their tokens.
