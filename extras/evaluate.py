@@ -225,7 +225,7 @@ def likelihood(model, text, n):
     Exact for ar, an upper bound for flm and mdlm. Each row is evaluated at ten random times.
     """
     by_tau = flm.estimate_loss(model, LOSSES[model.kind], text.corpus, n)
-    texts = text.texts(text.read("heldout")[:n])  # the same rows
+    texts = text.texts(text.read("heldout")[:n])  # the rows that estimate_loss reads
     return mean(by_tau) * text.corpus.seq_len / mean(map(len, texts))
 
 def hide(text, rows, share, seed):
