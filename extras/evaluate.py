@@ -2,13 +2,13 @@
 
     python -m extras.evaluate runs/sentences                 # writes quality.json and quality.png
     python -m extras.evaluate runs/a runs/b runs/c           # mean and standard deviation
-    python -m extras.evaluate --temperatures 1.3 1.15 1 .9 .8 .7    # compare at equal entropy
+    python -m extras.evaluate --temperatures 1.15 1 .9 .8
 
 perplexity  of the samples: per word under 4-grams of the training text (per character under
             5-grams for a character tokenizer), or per token under the ar of the run (--judge ar). A
             text is read up to its first end token.
-entropy     of the token frequencies within a sample in nats, mean over samples. A lower temperature
-            lowers perplexity and entropy, so compare perplexities at equal entropy only.
+entropy     of the token frequencies within a sample in nats, mean over samples. It does not show
+            whether all samples are alike: see bigrams, variation and distinct.
 at_held_out, at_map: perplexity at the entropy of the held-out text and of one step of the map,
             interpolated between temperatures
 length      tokens per sample, including its end token
@@ -22,6 +22,7 @@ import argparse
 import copy
 import json
 import math
+import os
 import sys
 from collections import Counter
 from functools import partial
@@ -35,6 +36,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import data
 import distill
 import flm
 from data import UserError
@@ -108,8 +110,8 @@ def ar_judge(model):
         rows = [torch.tensor(text) for text in texts]
         rows = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
         nats = []
-        for part in rows.split(flm.batch_rows(model)):
-            tokens = part.clamp(min=0).to(model.device)
+        for part in rows.split(flm.forward_rows(model)):
+            tokens = part.clamp(min=0).to(model.embedding.device)
             nats.append(baselines.ar_nats(model, tokens).cpu())
         return math.exp(torch.cat(nats)[rows >= 0].mean())
     return judge
@@ -130,7 +132,9 @@ def entropy(p):
 
 def total_variation(p, q):
     """Half the sum of the absolute differences of relative frequencies."""
-    return sum(abs(p.get(item, 0) - q.get(item, 0)) for item in p.keys() | q.keys()) / 2
+    items = p.keys() | q.keys()
+    differences = [abs(p.get(item, 0) - q.get(item, 0)) for item in items]
+    return sum(differences) / 2
 
 def bigrams(texts):
     return frequencies(pair for text in texts for pair in pairwise(text))
@@ -138,16 +142,13 @@ def bigrams(texts):
 class Text:
     """The text of a corpus, and measures of samples relative to it.
 
-    train, heldout: texts, tuples of ids. rows: the held-out rows (n, L), in random order because
-    a corpus may be sorted.
+    train, heldout: texts, tuples of ids. rows: the held-out rows (n, L), in random order.
     """
 
     def __init__(self, corpus):
         self.corpus, self.tokenizer = corpus, corpus.tokenizer
         self.end, self.padded = corpus.tokenizer.end, not corpus.packing
-        rows = self.read("heldout")
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-        self.rows = rows[order]
+        self.rows = self.read("heldout")
         self.heldout = self.texts(self.rows)
         self.train = self.texts(self.read("train"))
 
@@ -165,7 +166,8 @@ class Text:
         if self.tokenizer.kind == "chars":
             return texts
         words = [tuple(self.tokenizer.decode(ids).split()) for ids in texts]
-        return [(*w, "</s>") if ids[-1] == self.end else w for w, ids in zip(words, texts)]
+        ended = [ids[-1] == self.end for ids in texts]
+        return [(*w, "</s>") if end else w for w, end in zip(words, ended)]
 
     def perplexity(self, judge, rows):
         """Perplexity under the judge of rows (n, L) up to their first end token."""
@@ -186,20 +188,20 @@ class Text:
             distinct=len(set(texts)) / n,
             training=mean(text in train for text in texts))
 
-def likelihood_bound(model, tokens, rows, last=0.999):
+def likelihood_bound(model, tokens, last=0.999):
     """Estimates a bound on -log p: tokens (B, L) -> nats per position (B,), random times tau (B,).
 
     -log p <= 1/2 int_0^t1 SNR'(t) E|x1 - D_t|^2 dt - E log D_t1(x1) with SNR = t^2 / (1-t)^2
     (Kingma et al. 2021) and t1 = t(tau = last). The integral is computed over tau.
     Distances are measured where the noise is white: in R^V, or in R^D after chol(E^T E)^-1.
     """
-    noise, clean = model.noise(rows), model.clean(tokens)
+    noise, clean = model.noise(len(tokens)), model.clean(tokens)
 
     def logits(tau):
         t = model.clock.t(tau)[:, None, None]
         return model(torch.lerp(noise, clean, t), tau)
 
-    tau = last * rows.times(tokens.device)
+    tau = last * flm.uniform_times(len(tokens), tokens.device)
     probs = logits(tau).softmax(-1)
     if model.V <= model.config.width:
         error = F.one_hot(tokens, model.V) - probs
@@ -219,14 +221,20 @@ def likelihood_bound(model, tokens, rows, last=0.999):
 
 LOSSES = dict(flm=likelihood_bound, **baselines.LOSSES)
 
-def likelihood(model, text, n):
+@torch.no_grad()
+def likelihood(model, kind, text, n):
     """-log p of n held-out rows with their padding, in nats, per token without the padding.
 
     Exact for ar, an upper bound for flm and mdlm. Each row is evaluated at ten random times.
     """
-    by_tau = flm.estimate_loss(model, LOSSES[model.kind], text.corpus, n)
-    texts = text.texts(text.read("heldout")[:n])  # the rows that estimate_loss reads
-    return mean(by_tau) * text.corpus.seq_len / mean(map(len, texts))
+    rows, nats = text.rows[:n], []
+    torch.manual_seed(0)
+    for _ in range(10):
+        for part in rows.split(flm.forward_rows(model)):
+            part_nats, _ = LOSSES[kind](model, part.to(model.embedding.device))
+            nats.append(part_nats.cpu())
+    tokens = mean(map(len, text.texts(rows)))
+    return torch.cat(nats).mean().item() * text.corpus.seq_len / tokens
 
 def hide(text, rows, share, seed):
     """Rows (n, L) with -1 at a random share of their tokens.
@@ -267,9 +275,7 @@ def infilling(models, text, judge, args):
                 perplexity=text.perplexity(judge, filled)))
     return table
 
-SAMPLERS = {"flm": flm.sample, "flm ancestral": partial(flm.sample, sampler="ancestral"),
-            "fmlm": distill.sample, **baselines.SAMPLERS}
-WITH_TEMPERATURE = "flm ancestral", "mdlm", "ar"
+SAMPLERS = dict(flm=flm.sample, fmlm=distill.sample, **baselines.SAMPLERS)
 
 def parse(argv):
     parser = flm.Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -277,30 +283,32 @@ def parse(argv):
     add("runs", nargs="*", default=["runs/sentences"], help="folders of finished runs")
     add("--judge", default="words", choices=("words", "ar"), help="perplexity under n-grams or ar")
     add("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 64], help="evaluations per text")
-    add("--temperatures", type=float, nargs="+", default=[1.0], help="for flm ancestral, mdlm, ar")
+    add("--temperatures", type=float, nargs="+", default=[1.0], help="of the samplers")
     add("--num-samples", type=int, default=1000, help="texts per row of the table")
     add("--seed", type=int, default=0, help="seed of the samples")
     add("--out", default="", help="folder of quality.json and quality.png; default: the first run")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    add("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's default")
     args = parser.parse_args(argv)
     for name in ("steps", "temperatures", "num_samples"):
         if np.min(value := getattr(args, name)) <= 0:
-            raise UserError(f"{flm.flag_of(name)} {value}: must be greater than 0")
+            raise UserError(f"{flm.flag(name)} {value}: must be greater than 0")
     return args
 
 def load_run(folder, judge, device):
     """The models of a run by kind, and its text. Raises UserError if they do not fit."""
-    models = {}
+    models, sources = {}, {}
     for kind in ("flm", "fmlm", "mdlm", "ar"):
         path = folder / f"{kind}.pt"
         if path.exists() or kind in ("flm", judge):
             models[kind] = baselines.load(path, device)
-    corpus = flm.prepare_corpus(models["flm"].config)
-    expected = corpus.meta["source"], corpus.seq_len, corpus.packing
+            sources[kind] = flm.load_checkpoint(path)["source"]
+    config = models["flm"].config
+    corpus = data.prepare(config.dataset, config.tokenizer, config.seq_len, config.packing,
+                          config.vocab_size, config.data_dir)
     for kind, model in models.items():
-        source, config = model.source or expected[0], model.config
-        if (source, config.seq_len, config.packing) != expected:
+        same_text = sources[kind] in ("", corpus.meta["source"])
+        shape = model.config.seq_len, model.config.packing
+        if not same_text or shape != (corpus.seq_len, corpus.packing):
             raise UserError(f"{folder}/{kind}.pt: its text, --seq-len or --packing differs from "
                             "that of the flow now; train it again with --overwrite")
     return models, Text(corpus)
@@ -310,16 +318,15 @@ def sample_all(models, text, judge, args):
     from tqdm import tqdm
 
     heldout = dict(model="held-out text", steps=None, temperature=None)
-    table, cells = [heldout | text.measure(judge, text.rows[: args.num_samples])], []
+    table = [heldout | text.measure(judge, text.rows[: args.num_samples])]
+    cells = []
     for name in SAMPLERS:
         steps = [text.corpus.seq_len] if name == "ar" else args.steps
-        temperatures = {1.0, *args.temperatures} if name in WITH_TEMPERATURE else [1.0]
-        if name.split()[0] in models:
-            cells += product([name], steps, sorted(temperatures))
+        if name in models:
+            cells += product([name], steps, sorted({1.0, *args.temperatures}))
     for name, steps, temperature in tqdm(cells, unit="cell", file=sys.stderr):
-        options = dict(temperature=temperature) if temperature != 1 else {}
-        model = models[name.split()[0]]
-        rows = SAMPLERS[name](model, args.num_samples, steps, args.seed, **options)
+        sample = SAMPLERS[name]
+        rows = sample(models[name], args.num_samples, steps, args.seed, temperature)
         cell = dict(model=name, steps=steps, temperature=temperature)
         table.append(cell | text.measure(judge, rows))
     return table
@@ -334,7 +341,8 @@ def at_equal_entropy(table):
         if (row["model"], row["steps"]) == ("fmlm", 1):
             targets["at_map"] = row["entropy"]
     for row in table[1:]:
-        same = [r for r in table if (r["model"], r["steps"]) == (row["model"], row["steps"])]
+        key = row["model"], row["steps"]
+        same = [r for r in table if (r["model"], r["steps"]) == key]
         same.sort(key=lambda r: r["entropy"])
         x = [r["entropy"] for r in same]
         y = [math.log(r["perplexity"]) for r in same]
@@ -374,10 +382,11 @@ def print_table(title, rows):
     for cells in table:
         print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths)))
 
-STYLES = {"flm": "o-", "flm ancestral": "s--", "fmlm": "^-", "mdlm": "D:", "ar": "v-."}
+STYLES = dict(flm="o-", fmlm="^-", mdlm="D:", ar="v-.")
 
 def plot(rows, path):
     """Perplexity against network evaluations (temperature 1), and against entropy."""
+    os.environ.pop("MPLBACKEND", None)  # Jupyter's backend does not exist in other programs
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
@@ -389,8 +398,7 @@ def plot(rows, path):
             continue
         plain = [row for row in mine if row["temperature"] == 1]
         most = [row for row in mine if row["steps"] == mine[-1]["steps"]]
-        curve = most if name in WITH_TEMPERATURE else plain
-        for axes, x, points in ((left, "steps", plain), (right, "entropy", curve)):
+        for axes, x, points in ((left, "steps", plain), (right, "entropy", most)):
             errors = [row.get("perplexity_sd", 0) for row in points]
             axes.errorbar([row[x] for row in points], [row["perplexity"] for row in points],
                           errors, fmt=style, label=name, capsize=2)
@@ -399,19 +407,21 @@ def plot(rows, path):
     left.set(xscale="log", yscale="log", xlabel="network evaluations per text",
              ylabel="perplexity of the samples", title="temperature 1; line: held-out text")
     right.set(xlabel="entropy of a sample (nats)",
-              title="by temperature at the most steps; flm, fmlm: by steps")
+              title="by temperature, at the most steps")
     right.legend()
-    figure.savefig(path, dpi=150)
+    part = path.with_suffix(".part.png")
+    figure.savefig(part, dpi=150)
+    part.replace(path)
 
 def evaluate_run(folder, args, device):
     """The tables of one run: likelihood, samples, infilling."""
     models, text = load_run(folder, args.judge, device)
     judge = ar_judge(models["ar"]) if args.judge == "ar" else ngram_judge(text)
-    nats = [dict(model=kind, nats=likelihood(models[kind], text, args.num_samples))
+    nats = [dict(model=kind, nats=likelihood(models[kind], kind, text, args.num_samples))
             for kind in LOSSES if kind in models]
     samples = sample_all(models, text, judge, args)
     at_equal_entropy(samples)
-    hidden = infilling(models, text, judge, args) if models["flm"].takes_prompts else []
+    hidden = infilling(models, text, judge, args)
     return nats, samples, hidden
 
 def main(argv):
@@ -420,7 +430,9 @@ def main(argv):
     if args.out:
         out.mkdir(parents=True, exist_ok=True)
     tables = [evaluate_run(Path(folder), args, device) for folder in args.runs]
-    kinds = [[(row["model"], row.get("steps")) for row in samples] for _, samples, _ in tables]
+    kinds = []
+    for _, samples, _ in tables:
+        kinds.append([(row["model"], row["steps"]) for row in samples])
     if any(kinds[0] != other for other in kinds):
         raise UserError(f"{' '.join(args.runs)}: contain different models; pass one folder")
     nats, samples, hidden = map(over_runs, zip(*tables))
@@ -429,8 +441,10 @@ def main(argv):
     if hidden:
         print_table("held-out texts with hidden tokens: share restored", hidden)
     report = dict(vars(args), likelihood=nats, samples=samples, infilling=hidden)
-    (out / "quality.json").write_text(json.dumps(report, indent=1))
+    part = out / "quality.part"  # replaces the old file, completely or not at all
+    part.write_text(json.dumps(report, indent=1))
+    part.replace(out / "quality.json")
     plot(samples, out / "quality.png")
 
 if __name__ == "__main__":
-    flm.run_command(main)
+    flm.run(main)

@@ -7,40 +7,50 @@ after each evaluation of the flow (flm.pt) and, if the run has one, of the map (
 start from the same noise. The last texts are those of `flm.py --sample` and `distill.py --sample`.
 """
 
+import contextlib
 import json
+import os
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import distill
 import flm
+from data import UserError
 
 TEMPLATE = Path(__file__).with_name("page.html")
+setting = partial(flm.setting, "page")
 
-def solve(model, rows, steps):
-    """Generator of (tau, state, probs): the sampler of a flow or of a map."""
-    arguments = model.noise(rows), model.clock, steps, model.clean
-    if model.kind == "fmlm":
-        delta = distill.mean_denoiser(model)
-        return distill.few_steps(delta, *arguments, noise=None)
+@dataclass
+class Config(flm.Config):
+    """Settings of the page. The inherited ones are not used."""
 
-    def denoiser(state, tau_s, tau_t):
-        return model(state, tau_s).softmax(-1)
-    return flm.euler(denoiser, *arguments)
+    run_dir: str = setting("runs/sentences", "folder of flm.pt and fmlm.pt")
+    out: str = setting("page.html", "file to write")
+    num_samples: int = setting(16, "number of texts")
+    sample_steps: int = setting(32, "evaluations of the flow")
+    map_steps: int = setting(4, "evaluations of the map")
+    seed: int = setting(0, "seed of the noise")
 
+@torch.no_grad()
 def record(model, n, steps, seed):
     """The most probable text after each evaluation: ids and percent, (steps, n, L) each."""
-    def best(rows, known):
+    generator = torch.Generator().manual_seed(seed)
+    sampler = distill.few_steps if model.time_t else flm.euler
+    batches = []
+    for known in flm.batches(model, n):
+        state = model.noise(len(known), generator)
+        denoiser = partial(flm.denoise, model, known, 1.0)
         frames = []
-        for _, _, probs in solve(model, rows, steps):
-            ids = flm.most_probable(model, probs)
+        for _, _, probs in sampler(denoiser, state, model.clock, steps, model.clean):
+            ids = flm.most_probable(model, probs, known)
             p = probs.gather(-1, ids[..., None])[..., 0]
             percent = (100 * p).round().long()
             frames.append(torch.stack([ids, percent]))
-        return torch.stack(frames).permute(2, 0, 1, 3)  # (B, steps, 2, L)
-
-    frames = flm.in_batches(model, n, seed, best)
-    return frames.permute(2, 1, 0, 3).unbind()
+        batches.append(torch.stack(frames))  # (steps, 2, B, L)
+    return torch.cat(batches, dim=2).unbind(1)
 
 def token_text(tokenizer, i):
     """The text that token i adds after another token, with its space; "" for an end token."""
@@ -49,14 +59,11 @@ def token_text(tokenizer, i):
     return twice[len(once) :]
 
 def make_page(models, n, seed):
-    """The page as a string; models: pairs (model, steps)."""
+    """The page as a string; models: (name, model, steps) of each."""
     animations, texts = [], {}
-    for model, steps in models:
+    for name, model, steps in models:
         ids, percent = record(model, n, steps, seed)
-        animations.append(dict(
-            name="Map" if model.kind == "fmlm" else "Flow",
-            ids=ids.tolist(),
-            percent=percent.tolist()))
+        animations.append(dict(name=name, ids=ids.tolist(), percent=percent.tolist()))
         for i in ids.unique().tolist():
             texts[i] = token_text(model.tokenizer, i)
     content = dict(tokens=texts, models=animations)
@@ -64,30 +71,24 @@ def make_page(models, n, seed):
     content = content.replace("<", "\\u003c")  # a text cannot close the script
     return TEMPLATE.read_text(encoding="utf-8").replace("CONTENT", content)
 
-def positive(text):
-    """An argparse type: an integer of at least 1."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
 def main(argv):
-    parser = flm.Parser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--run-dir", type=Path, default="runs/sentences", help="folder of flm.pt and fmlm.pt")
-    add("--out", type=Path, default="page.html", help="file to write")
-    add("--num-samples", type=positive, default=16, help="number of texts")
-    add("--sample-steps", type=positive, default=32, help="evaluations of the flow")
-    add("--map-steps", type=positive, default=4, help="evaluations of the map")
-    add("--seed", type=int, default=0, help="seed of the noise")
-    args = parser.parse_args(argv)
-    models = [(flm.load(args.run_dir / "flm.pt"), args.sample_steps)]
-    if (args.run_dir / "fmlm.pt").exists():
-        models.append((flm.load(args.run_dir / "fmlm.pt"), args.map_steps))
-    page = make_page(models, args.num_samples, args.seed)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(page, encoding="utf-8")
-    size = args.out.stat().st_size / 1024
-    print(f"wrote {args.out}, {size:.0f} KiB")
+    config = Config(**flm.parse(argv, Config, __doc__, groups=("page",)))
+    flm.check(config)
+    folder, path = Path(config.run_dir), Path(config.out)
+    models = [("Flow", flm.load(folder / "flm.pt"), config.sample_steps)]
+    if (folder / "fmlm.pt").exists():
+        models.append(("Map", flm.load(folder / "fmlm.pt"), config.map_steps))
+    page = make_page(models, config.num_samples, config.seed)
+    part = Path(f"{path}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(page, encoding="utf-8")
+        os.replace(part, path)  # completely or not at all
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise UserError(f"--out {path}: {error.strerror}; use another path") from None
+    print(f"wrote {path}, {len(page.encode()) / 1024:.0f} KiB")
 
 if __name__ == "__main__":
-    flm.run_command(main)
+    flm.run(main)

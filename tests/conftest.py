@@ -3,15 +3,9 @@
 import sys
 from pathlib import Path
 
-from hypothesis import HealthCheck, settings
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from test_flm import folder, one_thread_and_seed  # noqa: E402, F401
-
-settings.register_profile("repeatable", derandomize=True, database=None, deadline=None,
-                          suppress_health_check=list(HealthCheck))
-settings.load_profile("repeatable")
 
 class Call:
     """Unpickling it calls function("executed", "w")."""

@@ -12,6 +12,7 @@ import torch
 
 import distill
 import flm
+from data import UserError
 from extras import page
 from test_flm import TINY, run
 
@@ -48,7 +49,7 @@ def folder(tmp_path_factory):
         patch.chdir(folder)
         Path("a.txt").write_text("".join(f"a <b> {i}\n" for i in range(900)))
         run(flm, f"{TINY} --run-dir r --max-steps 40")
-        run(distill, "--run-dir r --max-steps 4")
+        run(distill, "--run-dir r --max-steps 4 --device cpu")
         run(page, "--run-dir r --out page.html --sample-steps 8 --map-steps 2")
     return folder
 
@@ -68,9 +69,10 @@ def test_page_animates_the_samples(folder):
     tokens = flm.sample(flow, 16, 8, 0), distill.sample(flow_map, 16, 2, 0)
     texts = [[re.sub("\u2009·", "", text) for text in column] for column in seen["end"]]
     assert texts == [flm.to_lines(flow, ids) for ids in tokens]
-    state, zero = flow.noise(flm.Rows(0, -1, range(16), 16)), torch.zeros(16)
-    probs = flow(state, zero).softmax(-1)
-    probs = probs.gather(-1, flm.most_probable(flow, probs)[..., None])[..., 0]
+    state = flow.noise(16, torch.Generator().manual_seed(0))
+    probs = flow(state, torch.zeros(16)).softmax(-1)
+    ids = flm.most_probable(flow, probs, torch.full((16, 12), -1))
+    probs = probs.gather(-1, ids[..., None])[..., 0]
     assert (torch.tensor(seen["percent"]) - 100 * probs).abs().max() < 0.51
     assert set(seen["noise"]) == {"\u2009", "·"} and (seen["right"], seen["left"]) == (2, 0)
     assert (seen["autoplay"], seen["playing"], seen["stopped"]) == ("Pause", "Pause", "Play")
@@ -85,3 +87,23 @@ def test_dark_mode_and_reduced_motion(folder):
 def test_page_is_small_and_needs_no_network(folder):
     text = (folder / "page.html").read_text()
     assert len(text.encode()) <= 300 * 1024 and not re.search(r"https?:|src=|@import|url\(", text)
+
+def test_a_page_that_cannot_be_written_is_one_line(folder, monkeypatch):
+    """A file and a folder are in the way. The earlier page remains."""
+    monkeypatch.chdir(folder)
+    before = (folder / "page.html").read_text()
+    for out in ("a.txt/page.html", "r"):
+        with pytest.raises(UserError, match=f"--out {out}: .*; use another path") as error:
+            run(page, f"--run-dir r --out {out} --num-samples 1")
+        assert "\n" not in str(error.value) and not Path(f"{out}.part").exists()
+    assert (folder / "page.html").read_text() == before
+
+def test_a_page_of_a_flow_alone(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    Path("alone").mkdir()
+    shutil.copy("r/flm.pt", "alone")
+    run(page, "--run-dir alone --out new/page.html --num-samples 2 --sample-steps 1")
+    content = re.search("= ({.*});", Path("new/page.html").read_text())[1]
+    (model,) = json.loads(content)["models"]
+    tokens = flm.sample(flm.load("r/flm.pt"), 2, 1, 0)
+    assert (model["name"], model["ids"]) == ("Flow", [tokens.tolist()])
