@@ -1,7 +1,7 @@
 """Flow map language model (FMLM): distils a flow into a map that writes a text in one evaluation.
 
     python distill.py                                  # runs/sentences/flm.pt -> fmlm.pt beside it
-    python distill.py --run-dir runs/my --teacher none # learn from the text
+    python distill.py --run-dir runs/my --teacher none # learn from the text; flm.pt gives settings
     python distill.py --sample --run-dir runs/sentences --sample-steps 1 --num-samples 20
     torchrun --standalone --nproc_per_node=8 distill.py --run-dir runs/lm1b
 
@@ -11,10 +11,10 @@ flow's equation, dx/dr = (D_r(x) - x)/(1-r), with D_r the denoiser at time r:
     X_{s,t}(x) = x + (t-s)/(1-s) (delta_{s,t}(x) - x)
 
 This is an Euler step with delta_{s,t}, the mean denoiser, in place of D_s. By the product rule,
-d/dr [x/(1-r)] = D_r(x)/(1-r)^2. Integrated from s to t, this shows that delta_{s,t} is the mean of
-D_r(x_r) along the solution, with weights proportional to 1/(1-r)^2. So it is one distribution over
-tokens per position, and delta_{t,t} = D_t. The network gets t as a second time. One step from 0 to
-1 writes a text. Paper: arXiv 2602.16813, v2.
+d/dr [x_r/(1-r)] = D_r(x_r)/(1-r)^2. Integrated from s to t: delta_{s,t} is the mean of D_r(x_r)
+along the solution, with weights 1/(1-r)^2, whose integral is (t-s)/((1-s)(1-t)). For t = 1, all
+weight is at the end: delta_{s,1} = D_1(x_1), the text. delta_{t,t} = D_t. So delta_{s,t} is one
+distribution over tokens per position. The network gets t as a second time. Paper: 2602.16813, v2.
 """
 
 from dataclasses import dataclass, fields
@@ -42,9 +42,9 @@ def times(model, *taus):
 def few_steps(delta, state, clock, steps, clean, draw_noise=None, renoise=0.0):
     """Samples a flow map on a uniform grid of tau. Yields (tau, state, probs) of each step.
 
-    delta(state, tau_s (B,), tau_t (B,)) -> probs. With renoise > 0, the map goes on to a later time
-    where noise/signal is `keep` times that of t_next. Then the state is scaled to the signal of
-    t_next, and fresh noise is added: keep^2 + renoise^2 = 1. An exact map keeps the flow's law.
+    delta(state, tau_s (B,), tau_t (B,)) -> probs. The map goes to `later`: t_next if renoise = 0.
+    Scaled by t_next / later, x1 has the factor t_next, the noise keep * (1-t_next); with the fresh
+    noise, it has 1-t_next. So with an exact map, each state has the distribution of x_t.
     """
     B = len(state)
     taus = torch.linspace(0, 1, steps + 1, device=state.device)
@@ -55,10 +55,10 @@ def few_steps(delta, state, clock, steps, clean, draw_noise=None, renoise=0.0):
         tau_later = clock.tau(later)
         probs = delta(state, tau.expand(B), tau_later.expand(B))
         yield tau, state, probs
-        weight = (later - t) / (1 - t)
+        weight = (later - t) / (1 - t)  # flow_map, for one time of all rows
         state = (1 - weight) * state + weight * clean(probs)
         if renoise:
-            scale = t_next / later  # of the signal: it is then t_next x1
+            scale = t_next / later
             state = scale * state + renoise * (1 - t_next) * draw_noise()
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def sample(model, n, steps, seed, temperature=1.0, known=None, renoise=0.0):
     return torch.cat(texts)
 
 # ------------------------------------------------------------------------------------- 2. Loss
-LATEST = 63 / 64  # tau_t is 1 or at most this, the start of the last of 64 Euler steps
+LATEST = 63 / 64  # tau_t is at most this, or 1: the last of 64 Euler steps is learned as a whole
 ENDS = 1 / 4  # share of the journeys from s to t that lead to the data, t = 1
 
 def semigroup(delta, model, state, tau_s, tau_t):
@@ -93,9 +93,8 @@ def semigroup(delta, model, state, tau_s, tau_t):
     delta_{s,t}(x) = w delta_{s,u}(x) + (1-w) delta_{u,t}(X_{s,u}(x)), where w is the weight of the
     first part, (1-t)(u-s) / ((1-u)(t-s)). u is half-way in tau.
 
-    For t = 1, w = 0: the property says only delta_{s,1}(x) = delta_{u,1}(X_{s,u}(x)), which holds
-    for wrong ends, too, if they are constant along solutions. So u is LATEST, and the second part
-    is one Euler step with delta_{u,u}, which map_loss learns from the teacher.
+    For t = 1, w = 0: the property says only that delta_{s,1} is constant along a solution, which
+    wrong texts may be, too. So u is LATEST, and the second part is one Euler step with delta_{u,u}.
     """
     to_data = tau_t == 1
     tau_u = torch.where(to_data, LATEST, (tau_s + tau_t) / 2)
@@ -104,17 +103,17 @@ def semigroup(delta, model, state, tau_s, tau_t):
     state_u = flow_map(model, state, probs_su, tau_s, tau_u)
     second_time = torch.where(to_data, tau_u, tau_t)  # delta_{u,u} for t = 1
     probs_ut = delta(state_u, tau_u, second_time)
-    w = (1 - t) * (u - s) / ((1 - u) * (t - s))
+    w = (1 - t) * (u - s) / ((1 - u) * (t - s))  # 0 for t = 1
     w = torch.where(t - s < 1e-6, 0.5, w)  # its limit, instead of 0/0
     return w * probs_su + (1 - w) * probs_ut
 
 def draw_journeys(B, device, latest=LATEST, ends=ENDS):
     """Times tau_s, tau_t (B,): half of the journeys start at tau_s = 0, a share `ends` leads to
     tau_t = 1, and the durations of the others are uniform."""
-    uniform = flm.uniform_times(B, device)  # the top share: to the data; the rest: a duration
+    uniform = flm.uniform_times(B, device)  # its top part: to the data; below: a duration
     to_data = uniform >= 1 - ends
     duration = latest * uniform / (1 - ends)
-    duration = torch.where(to_data, 0, duration)  # so tau_s may be anywhere up to latest
+    duration = torch.where(to_data, 0, duration)  # so that tau_s reaches `latest` below
     start = (2 * torch.rand(B, device=device) - 1).clamp(min=0)  # 0 with probability 1/2
     tau_s = start * (latest - duration)
     return tau_s, torch.where(to_data, 1, tau_s + duration)
@@ -124,7 +123,7 @@ def map_loss(teacher, model, tokens, target=semigroup, draw=draw_journeys):
 
     The first half of the rows has s = t; the target is the teacher's D_t, or the tokens if there is
     no teacher. The second half are journeys; the network itself computes the target, without
-    gradient. The states x_s have the law of the flow's states. target, draw: for extras.objectives.
+    gradient. The states x_s are those of flow_loss. extras/objectives.py has other targets.
     """
     B, device = len(tokens), tokens.device
     half = B // 2
@@ -140,9 +139,10 @@ def map_loss(teacher, model, tokens, target=semigroup, draw=draw_journeys):
     state = flm.insert_known(model, state, known)
 
     with torch.no_grad():
-        same_time = F.one_hot(tokens[:half], model.V).float()
         if teacher:
             same_time = teacher(state[:half], tau).softmax(-1)
+        else:
+            same_time = F.one_hot(tokens[:half], model.V).float()
         delta = partial(flm.denoise, model, known[half:], 1.0)
         journeys = target(delta, model, state[half:], tau_s[half:], tau_t[half:])
         targets = torch.cat([same_time, journeys])
@@ -157,7 +157,7 @@ PRESETS = dict(sentences=dict(max_steps=3500, lr=2.5e-3), words=SHORT, sotu=SHOR
 
 @dataclass
 class Config(flm.Config):
-    """Settings of a distillation. Those of the network are the flow's and are no flags."""
+    """Settings of a distillation. Those of the network are the flow's, but without dropout."""
 
     teacher: str = setting("training", "flow", "none: learn from the text", ("flow", "none"))
     run_dir: str = setting("command", "runs/sentences", "folder of the flow")
@@ -179,7 +179,7 @@ def follow_flow(config_type, given, path, presets, **defaults):
     config = config_type(**(settings | given))
     device, corpus = flm.open_run(config, path)
     same_tokens = corpus.tokenizer.content == flow["tokenizer"]
-    if not same_tokens or flow["source"] not in ("", corpus.meta["source"]):  # "": released
+    if not same_tokens or flow["source"] not in ("", corpus.meta["source"]):  # "": a released flow
         raise UserError(f"--dataset {config.dataset}: not the text of the flow; pass that text")
     return config, flow, device, corpus
 
@@ -194,7 +194,7 @@ def main(argv):
     config, flow, device, corpus = follow_flow(
         Config, given, path, PRESETS, beta2=0.95, dropout=0.0)
     if config.micro_batch_size == 1 or config.batch_size == flm.world():
-        raise UserError("--micro-batch-size and --batch-size: a map needs at least 2 rows")
+        raise UserError("--micro-batch-size, --batch-size: a map needs 2 rows per process or more")
     model = flm.build(config, corpus.tokenizer, device, config.bf16, flm.FlowMap)
     teacher = None
     if config.teacher == "flow":

@@ -12,12 +12,12 @@ places where it differs from a GPT:
       x0 ~ N(0, I) and a one-hot token x1. t = 0 is noise, t = 1 is data.
     - The network, the denoiser, predicts x1 from x_t: one distribution over tokens per position.
       As x1 is one-hot, this is E[x1 | x_t].
-    - A text is written by solving dx/dt = E[x1 - x0 | x_t = x] from noise at t = 0. With this mean
-      velocity, the solutions have, at each t, the distribution of x_t (flow-matching theorem).
+    - A text is written by solving dx/dt = E[x1 - x0 | x_t = x] from noise at t = 0. The solutions
+      have, at each t, the distribution of x_t (flow matching, Lipman et al. 2023).
     - Training and sampling are uniform in tau(t) instead of t. tau is the share of positions whose
-      argmax x_t is already right, above chance.
+      argmax x_t is right, rescaled so that chance is 0.
 The network reads only x_t W, with its embedding W (V, D). Elsewhere, x_t is only added and scaled.
-So the code stores x_t W, the `state`: D numbers per position instead of V.
+So the code stores x_t W, the `state`, with D numbers per position, and learns E[x1 | x_t W].
 B: rows of a batch. L: tokens of a row. V: size of the vocabulary. D: width of the network.
 """
 
@@ -70,7 +70,7 @@ class Clock(nn.Module):
         t = torch.arange(nodes, dtype=torch.float64) / nodes
         tau = decodability(t, V)
         tau[0] = 0  # instead of 1e-17
-        below_one = tau.float() < 1  # in float32, several tau are 1; the nodes must differ
+        below_one = tau.float() < 1  # float32 rounds several tau to 1; keep one, so t(1) = 1
         t = torch.cat([t[below_one], torch.ones(1)]).float()
         tau = torch.cat([tau[below_one], torch.ones(1)]).float()
         self.register_buffer("t_nodes", t, persistent=False)
@@ -105,7 +105,7 @@ def flow_loss(model, tokens):
     state = (1 - t) * x0 + t * x1  # x_t W
     state = insert_known(model, state, draw_known(model, tokens))  # only for prompts
     logits = model(state, tau)  # (B, L, V)
-    return cross_entropy(logits, tokens).mean(1), tau  # known tokens count, too
+    return cross_entropy(logits, tokens).mean(1), tau  # known tokens: loss near 0
 
 def uniform_times(B, device):
     """tau (B,) ~ U(0, 1), stratified: one in each of B equal intervals, for less variance."""
@@ -138,8 +138,8 @@ def cross_entropy(logits, target):
 def euler(denoiser, state, clock, steps, clean):
     """[FLM] Euler sampler on a uniform grid of tau. Yields (tau, state, probs) of each step.
 
-    denoiser(state (B, L, D), tau (B,)) -> probs (B, L, V), which is E[x1 | x_t]. clean(probs) is
-    probs W. The last probs determine the text.
+    denoiser(state (B, L, D), tau (B,)) -> probs (B, L, V), which is E[x1 | x_t]. clean(probs) =
+    probs W, which is E[x1 | x_t] W. The last probs, at tau = 1 - 1/steps, determine the text.
     """
     taus = torch.linspace(0, 1, steps + 1, device=state.device)
     for tau, tau_next in zip(taus, taus[1:]):
@@ -181,14 +181,14 @@ def batches(model, n, known=None):
 
 def forward_rows(model):
     """Rows of a forward pass: at most 256, with at most 2^28 logits, which are 1 GiB."""
-    return max(2, min(256, 2**28 // (model.config.seq_len * model.V)))
+    return max(2, min(256, 2**28 // (model.config.seq_len * model.V)))  # 2: map_loss
 
 def most_probable(model, probs, known):
-    """The most probable text (B, L) of probs (B, L, V), given known tokens (B, L).
+    """A probable text (B, L): the best length, then the best words. probs (B, L, V), known (B, L).
 
-    A padded row is a text and then end tokens only. Argmax at each position would end texts early,
-    because the probability of going on is split over many words. So the length n is chosen first,
-    by its score Q(n): the product of 1-p_i for i < n and of p_i for i >= n, with p_i = P(end at i).
+    Without packing, a row is one text, then end tokens (padded). Argmax would end texts early: the
+    end token may be more probable than each word, but not than all together. So the length n comes
+    first. Its score Q(n) is the product of 1-p_i for i < n and p_i for i >= n, with p_i = P(end).
     """
     text = probs.argmax(-1)
     if not model.config.packing:
@@ -196,7 +196,7 @@ def most_probable(model, probs, known):
         p = torch.where(known < 0, probs[..., end], (known == end).float())  # 0 or 1 where known
         # log Q(n) = sum of log p_i over all i - sum of log(p_i / (1-p_i)) over i < n
         log_odds = torch.logit(p, eps=1e-6)
-        sums = F.pad(log_odds.cumsum(1), (1, -1))  # for n = 0 ... L-1: a padded row has an end
+        sums = F.pad(log_odds.cumsum(1), (1, -1))  # over i < n, for n < L: the last token is an end
         length = sums.argmin(1, keepdim=True)
         no_end = torch.arange(model.V, device=p.device) != end
         words = (probs * no_end).argmax(-1)
@@ -224,7 +224,7 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 class Block(nn.Module):
-    """[FLM] Attention over all positions, then an MLP. Both depend on the time (adaLN-Zero)."""
+    """[FLM] Attention without causal mask, then an MLP; the time shifts, scales and gates both."""
 
     def __init__(self, config):
         super().__init__()
@@ -279,7 +279,7 @@ class Transformer(nn.Module):
         self.config, self.V, self.bf16 = config, V, False
         self.clock = Clock(V)
         self.embedding = nn.Parameter(torch.empty(V, D).uniform_(-1, 1) / math.sqrt(D))
-        # only in padded rows, a position has a meaning: its distance from the start of the text
+        # absolute positions, too: a padded row starts with a text, a packed one anywhere
         self.position = None if config.packing else nn.Parameter(torch.zeros(L, D))
         self.time_s = TimeEmbedding(config.cond_width, config.time_scale)
         self.time_t = TimeEmbedding(config.cond_width, config.time_scale) if two_times else None
@@ -304,8 +304,8 @@ class Transformer(nn.Module):
     def noise(self, B, generator=None):
         """[FLM] B states of noise, x0 W with x0 ~ N(0, I), (B, L, D).
 
-        If V > D, x0 is not drawn: at each position, x0 W has the law N(0, W^T W), and so has z C^T
-        with z ~ N(0, I) in R^D and C C^T = W^T W.
+        If V > D, x0 is not drawn: at each position, x0 W is normal with covariance W^T W, and so is
+        z C^T with z ~ N(0, I) in R^D and C C^T = W^T W.
         """
         W = self.embedding
         V, D = W.shape
@@ -341,7 +341,7 @@ class Transformer(nn.Module):
             x = x + self.position[:L]
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             for block in self.blocks:
-                x = block(x, cond, self.cos[:L], self.sin[:L])  # float32 + bfloat16 is float32
+                x = block(x, cond, self.cos[:L], self.sin[:L])  # x stays float32
             shift, scale = self.modulation(cond)[:, None].chunk(2, dim=-1)
             logits = self.head(self.norm(x) * (1 + scale) + shift).float()
         cap = self.config.logit_cap
@@ -352,7 +352,7 @@ def setting(group, default, help, choices=None):
     """A field of Config, and its flag."""
     return field(default=default, metadata=dict(group=group, help=help, choices=choices))
 
-of_network = partial(setting, "network")  # fixed when a flow is trained
+of_network = partial(setting, "network")  # a map takes them from its flow
 of_training = partial(setting, "training")
 of_command = partial(setting, "command")  # not saved in a checkpoint
 
@@ -372,7 +372,7 @@ class Config:
     dropout: float = of_network(0.1, "dropout rate on the residual branches")
     condition_prob: float = of_network(0.0, "share of training rows with known tokens, for prompts")
     logit_cap: float = of_network(30.0, "soft cap on the logits; 0: none")
-    attention_cap: float = of_network(0.0, "soft cap on attention scores; 0: none")
+    attention_cap: float = of_network(0.0, "soft cap on attention scores, for released models")
 
     dataset: str = of_training("sentences", "sentences, words, sotu, lm1b, owt or a text file")
     data_dir: str = of_training("", "local copy of lm1b or owt")
@@ -459,8 +459,8 @@ def check(config):
 class Muon(torch.optim.Optimizer):
     """Momentum with an orthogonalised update, for matrices (Jordan et al. 2024).
 
-    torch.optim.Muon with adjust_lr_fn="match_rms_adamw", but in float32: most CPUs are slow in
-    bfloat16. A parameter may be a stack of matrices: qkv.weight consists of three.
+    torch.optim.Muon with adjust_lr_fn="match_rms_adamw", without weight decay and in float32, as
+    most CPUs are slow in bfloat16. A parameter may be a stack of matrices: qkv.weight is three.
     """
 
     def __init__(self, params, lr, beta=0.95, stacked=1):
@@ -560,14 +560,14 @@ def load_checkpoint(path):
             raise ValueError("written by another version")
         return content
     except Exception as error:
-        raise UserError(f"{path}: not a checkpoint ({data.first_line(error)}); replace it by a "
-                        "copy, or train it again with --overwrite") from None
+        raise UserError(f"{path}: damaged, or no checkpoint of this version; train it again, or "
+                        f"replace it ({data.first_line(error)})") from None
 
 FlowMap = partial(Transformer, two_times=True)
-NETWORKS = dict(flm=Transformer, fmlm=FlowMap)
+NETWORKS = dict(flm=Transformer, fmlm=FlowMap)  # a kind K has files K.pt
 
 def build(config, tokenizer, device, bf16=None, network=Transformer):
-    """A new network, whose weights are a function of the seed. bf16: None is CUDA only."""
+    """A new network, whose weights are a function of the seed. bf16: None is True on CUDA."""
     torch.manual_seed(config.seed)
     model = network(config, tokenizer.vocab_size).to(device)
     model.tokenizer = tokenizer
@@ -616,8 +616,7 @@ def train(model, loss, corpus, config, path, sample):
         path.unlink(missing_ok=True)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     weights, averages = list(model.train().parameters()), list(average.parameters())
-    count = sum(w.numel() for w in weights)
-    report(f"{count:,} weights, bfloat16: {model.bf16}, {world()} x {device}")
+    report(f"matrix products in bfloat16: {model.bf16}; {world()} x {device}")
     if config.compile or (config.compile is None and device.type == "cuda"):
         model.compile()
 
@@ -629,7 +628,6 @@ def train(model, loss, corpus, config, path, sample):
     bar = tqdm(range(first, config.max_steps), initial=first, total=config.max_steps, unit="step",
                disable=rank() > 0, mininterval=1, file=sys.stderr)
     for step in bar:
-        # learning rate
         lr = get_lr(step, config)
         for group in groups:
             group["lr"] = lr
@@ -664,8 +662,8 @@ def train(model, loss, corpus, config, path, sample):
         if rank() == 0 and (done % 20 == 0 or save):
             entry = dict(step=done, loss=mean.item(), lr=lr, seconds=time.monotonic() - start)
             if not math.isfinite(entry["loss"] + norm.item()):
-                raise UserError(f"the loss of step {done} is not a number; use --resume with a "
-                                "smaller --lr")
+                raise UserError(f"the loss of step {done} is not a number; use the same flags with "
+                                "--resume and a smaller --lr")
             log.append(entry)
             bar.set_postfix_str(f"loss {entry['loss']:.3f}")
 
@@ -693,6 +691,8 @@ def resume(path, model, average, optimizers, corpus):
         model.load_state_dict(content["model"])
         average.load_state_dict(content["average"])
         for optimizer, state in zip(optimizers, content["optimizers"], strict=True):
+            for saved, present in zip(state["param_groups"], optimizer.param_groups, strict=True):
+                saved |= {k: present[k] for k in saved if k != "params"}  # flags replace beta2
             optimizer.load_state_dict(state)
     except (RuntimeError, ValueError) as error:
         raise UserError("--resume: the run has another network or optimizer; omit the flags that "
@@ -718,7 +718,7 @@ def parse_prompt(model, text):
     """Known tokens (L,) of a prompt, -1 where unknown. Raises UserError.
 
     A gap is [MASK] for one token, or _ for one character. In a padded row, a prompt with gaps is a
-    whole text, and a prompt without gaps is a beginning.
+    whole text, one without is a beginning. In a packed row, it follows the begin token, if any.
     """
     tokenizer, L, padded = model.tokenizer, model.config.seq_len, not model.config.packing
     text = text.encode(errors="ignore").decode()  # without bytes that are not UTF-8
@@ -738,8 +738,8 @@ def write_samples(config, path, sample, networks=NETWORKS, **options):
     check(config)
     model = load(path, device, config.bf16, networks)
     if config.prompt:
-        if path.stem in ("flm", "fmlm") and not model.config.condition_prob:
-            raise UserError("--prompt: needs a flow that was trained with --condition-prob .1")
+        if path.stem in ("flm", "fmlm") and not model.config.condition_prob:  # mdlm, ar: any
+            raise UserError("--prompt: needs a flow that was trained with --condition-prob .2")
         options["known"] = parse_prompt(model, config.prompt)
     tokens = sample(model, config.num_samples, config.sample_steps, config.seed,
                     config.temperature, **options)
@@ -754,7 +754,7 @@ def open_run(config, path):
     device = setup(config)
     check(config)
     if path.exists() and not (config.resume or config.overwrite):
-        raise UserError(f"{path}: exists; use --resume, --overwrite or another --run-dir")
+        raise UserError(f"{path}: exists; use --resume or --overwrite")
     corpus = data.prepare(config.dataset, config.tokenizer, config.seq_len, config.packing,
                           config.vocab_size, config.data_dir)
     report(f"{config.dataset}: {corpus.describe()}")

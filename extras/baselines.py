@@ -151,8 +151,7 @@ LR = dict(  # the best of three
 load = partial(flm.load, networks=NETWORKS)  # of all four kinds
 
 @dataclass
-class Config(flm.Config):
-    """Settings of a baseline. Those of the network are the flow's and are no flags."""
+class Config(flm.Config):  # the settings of the network are the flow's and are no flags
     model: str = flm.setting("training", "mdlm", "kind of baseline", tuple(LOSSES))
     run_dir: str = flm.setting("command", "runs/sentences", "folder of the flow")
 

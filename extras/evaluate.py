@@ -9,8 +9,6 @@ perplexity  of the samples: per word under 4-grams of the training text (per cha
             text is read up to its first end token.
 entropy     of the token frequencies within a sample in nats, mean over samples. It does not show
             whether all samples are alike: see bigrams, variation and distinct.
-at_held_out, at_map: perplexity at the entropy of the held-out text and of one step of the map,
-            interpolated between temperatures
 length      tokens per sample, including its end token
 bigrams     entropy of the pooled bigrams of all samples in nats
 variation   total variation distance between the bigrams of samples and of held-out texts
@@ -331,25 +329,6 @@ def sample_all(models, text, judge, args):
         table.append(cell | text.measure(judge, rows))
     return table
 
-def at_equal_entropy(table):
-    """Adds perplexities interpolated between temperatures to the rows with temperature 1.
-
-    Log perplexity is linear in entropy between neighbours; there is no extrapolation.
-    """
-    targets = dict(at_held_out=table[0]["entropy"])
-    for row in table:
-        if (row["model"], row["steps"]) == ("fmlm", 1):
-            targets["at_map"] = row["entropy"]
-    for row in table[1:]:
-        key = row["model"], row["steps"]
-        same = [r for r in table if (r["model"], r["steps"]) == key]
-        same.sort(key=lambda r: r["entropy"])
-        x = [r["entropy"] for r in same]
-        y = [math.log(r["perplexity"]) for r in same]
-        for name, target in targets.items():
-            if row["temperature"] == 1 and x[0] <= target <= x[-1]:
-                row[name] = math.exp(np.interp(target, x, y))
-
 def over_runs(tables):
     """Merges the tables of several runs: mean, and standard deviation as name_sd."""
     merged = []
@@ -420,7 +399,6 @@ def evaluate_run(folder, args, device):
     nats = [dict(model=kind, nats=likelihood(models[kind], kind, text, args.num_samples))
             for kind in LOSSES if kind in models]
     samples = sample_all(models, text, judge, args)
-    at_equal_entropy(samples)
     hidden = infilling(models, text, judge, args)
     return nats, samples, hidden
 

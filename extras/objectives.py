@@ -41,8 +41,9 @@ def lagrangian(flow, delta, model, state, tau_s, tau_t):
         return delta(state, tau_s, model.clock.tau(t))
     s, t = times(model, tau_s, tau_t)
     probs, slope = derivative(delta_at, (t[:, 0, 0],), (torch.ones_like(tau_t),))
-    end = distill.flow_map(model, state, probs, tau_s, tau_t)
-    factor = (1 - t) * (t - s) / (1 - s)
+    share = (t - s) / (1 - s)
+    end = (1 - share) * state + share * model.clean(probs)
+    factor = (1 - t) * share
     return to_simplex(denoise(flow, end, tau_t) - factor * slope)
 
 def eulerian(flow, delta, model, state, tau_s, tau_t):
@@ -152,13 +153,12 @@ def main(argv):
     latest = path
     if first_path.exists() and not path.exists():
         latest = first_path  # of a run that ended in its first stage
-    name = flm.load_checkpoint(flow_path)["config"]["dataset"]
-    preset = dict(beta2=0.95, dropout=0.0) | distill.PRESETS.get(name, {})
-    config, _, device, corpus = distill.follow_flow(Config, given, latest, preset)
+    config, _, device, corpus = distill.follow_flow(
+        Config, given, latest, distill.PRESETS, beta2=0.95, dropout=0.0)
     flow = flm.load(flow_path, device, config.bf16)
     if not config.resume:
         first_path.unlink(missing_ok=True)
-
+        path.unlink(missing_ok=True)
     if config.objective == "two-stage":
         config.condition_prob = 0.0
         weights = flow.state_dict()
