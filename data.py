@@ -49,6 +49,9 @@ OWT_REPOSITORY, OWT_DOCUMENTS = "Skylion007/openwebtext", 8_013_769
 class UserError(Exception):
     """A mistake that the user can fix. The message is one line: what is wrong, where, and a fix."""
 
+    def __str__(self):
+        return super().__str__().replace("\n", "\\n")
+
 # ------------------------------------------------------------------------------------- corpora
 @dataclass
 class Source:
@@ -424,11 +427,10 @@ def prepare(dataset, tokenizer, seq_len, packing, vocab_size=0, data_dir="", cac
                 splits[split] = np.memmap(path, kind, mode="r")
     corpus = Corpus(codec, splits, meta, seq_len, packing)
     usable = [split for split in splits if corpus.rows(split)]
-    skipped = meta["skipped"]
     if not usable:
         raise UserError(f"{dataset}: shorter than a row of --seq-len {seq_len}; use a smaller one"
-                        if packing else f"{dataset}: all {skipped} documents have --seq-len "
-                        f"{seq_len} or more tokens; use a larger one or --packing")
+                        if packing else f"{dataset}: all documents have --seq-len {seq_len} or "
+                        "more tokens; use a larger one or --packing")
     for split in ("train", "heldout"):  # a tiny corpus has one split, used for both
         if split not in usable:
             splits[split] = splits[usable[0]]

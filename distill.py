@@ -10,11 +10,11 @@ flow's equation, dx/dr = (D_r(x) - x)/(1-r), with D_r the denoiser at time r:
 
     X_{s,t}(x) = x + (t-s)/(1-s) (delta_{s,t}(x) - x)
 
-This is an Euler step with delta_{s,t}, the mean denoiser, in place of D_s. By the product rule,
+This is an Euler step with delta_{s,t}, the mean denoiser, in place of D_s. Equivalently,
+X/(1-t) = x/(1-s) + (t-s)/((1-s)(1-t)) delta_{s,t}. By the product rule, the equation of the flow is
 d/dr [x_r/(1-r)] = D_r(x_r)/(1-r)^2. Integrated from s to t: delta_{s,t} is the mean of D_r(x_r)
-along the solution, with weights 1/(1-r)^2, whose integral is (t-s)/((1-s)(1-t)). For t = 1, all
-weight is at the end: delta_{s,1} = D_1(x_1), the text. delta_{t,t} = D_t. So delta_{s,t} is one
-distribution over tokens per position. The network gets t as a second time. Paper: 2602.16813, v2.
+along the solution with weights 1/(1-r)^2, so one distribution over tokens per position, too.
+delta_{t,t} = D_t, and delta_{s,1} = x_1, the text. Paper: arXiv 2602.16813, v2.
 """
 
 from dataclasses import dataclass, fields
@@ -42,9 +42,9 @@ def times(model, *taus):
 def few_steps(delta, state, clock, steps, clean, draw_noise=None, renoise=0.0):
     """Samples a flow map on a uniform grid of tau. Yields (tau, state, probs) of each step.
 
-    delta(state, tau_s (B,), tau_t (B,)) -> probs. The map goes to `later`: t_next if renoise = 0.
-    Scaled by t_next / later, x1 has the factor t_next, the noise keep * (1-t_next); with the fresh
-    noise, it has 1-t_next. So with an exact map, each state has the distribution of x_t.
+    delta(state, tau_s (B,), tau_t (B,)) -> probs. renoise > 0: the map leads beyond t_next. Scaled
+    by t_next / later, the state is t_next x1 + keep (1-t_next) x0. Then noise of size
+    renoise (1-t_next) is added, with keep^2 + renoise^2 = 1. An exact map keeps the law of x_t.
     """
     B = len(state)
     taus = torch.linspace(0, 1, steps + 1, device=state.device)
@@ -83,8 +83,8 @@ def sample(model, n, steps, seed, temperature=1.0, known=None, renoise=0.0):
     return torch.cat(texts)
 
 # ------------------------------------------------------------------------------------- 2. Loss
-LATEST = 63 / 64  # tau_t is at most this, or 1: the last of 64 Euler steps is learned as a whole
-ENDS = 1 / 4  # share of the journeys from s to t that lead to the data, t = 1
+LATEST = 63 / 64  # no journey ends between this and 1, in the last of the flow's 64 Euler steps
+ENDS = 1 / 4  # share of the journeys (pairs s < t) that lead to the data, t = 1
 
 def semigroup(delta, model, state, tau_s, tau_t):
     """Target for delta_{s,t}, probs (B, L, V), from two parts of the journey: s to u and u to t.
@@ -93,8 +93,8 @@ def semigroup(delta, model, state, tau_s, tau_t):
     delta_{s,t}(x) = w delta_{s,u}(x) + (1-w) delta_{u,t}(X_{s,u}(x)), where w is the weight of the
     first part, (1-t)(u-s) / ((1-u)(t-s)). u is half-way in tau.
 
-    For t = 1, w = 0: the property says only that delta_{s,1} is constant along a solution, which
-    wrong texts may be, too. So u is LATEST, and the second part is one Euler step with delta_{u,u}.
+    For t = 1, w = 0: delta_{s,1}(x) = delta_{u,1}(X_{s,u}(x)), which any text fulfils that is the
+    same along the solution. So u is LATEST, and the second part is one Euler step with delta_{u,u}.
     """
     to_data = tau_t == 1
     tau_u = torch.where(to_data, LATEST, (tau_s + tau_t) / 2)
@@ -110,10 +110,10 @@ def semigroup(delta, model, state, tau_s, tau_t):
 def draw_journeys(B, device, latest=LATEST, ends=ENDS):
     """Times tau_s, tau_t (B,): half of the journeys start at tau_s = 0, a share `ends` leads to
     tau_t = 1, and the durations of the others are uniform."""
-    uniform = flm.uniform_times(B, device)  # its top part: to the data; below: a duration
+    uniform = flm.uniform_times(B, device)  # its top part: to the data
     to_data = uniform >= 1 - ends
     duration = latest * uniform / (1 - ends)
-    duration = torch.where(to_data, 0, duration)  # so that tau_s reaches `latest` below
+    duration = torch.where(to_data, 0, duration)  # tau_s is anything up to latest
     start = (2 * torch.rand(B, device=device) - 1).clamp(min=0)  # 0 with probability 1/2
     tau_s = start * (latest - duration)
     return tau_s, torch.where(to_data, 1, tau_s + duration)
@@ -165,7 +165,7 @@ class Config(flm.Config):
     renoise: float = setting("command", 0.0, "fresh noise between sampling steps, 0 to 1")
 
 def follow_flow(config_type, given, path, presets, **defaults):
-    """Prepares the training of a model beside flm.pt: returns settings, flow, device and corpus.
+    """Prepares the training of a model beside flm.pt: its settings, that file, device, corpus.
 
     The settings of the flow are replaced by defaults, by the preset of its text, by those of a
     resumed run at path, and by the command line, in this order. Raises UserError.
@@ -179,7 +179,7 @@ def follow_flow(config_type, given, path, presets, **defaults):
     config = config_type(**(settings | given))
     device, corpus = flm.open_run(config, path)
     same_tokens = corpus.tokenizer.content == flow["tokenizer"]
-    if not same_tokens or flow["source"] not in ("", corpus.meta["source"]):  # "": a released flow
+    if not same_tokens or flow["source"] not in ("", corpus.meta["source"]):  # "": not known
         raise UserError(f"--dataset {config.dataset}: not the text of the flow; pass that text")
     return config, flow, device, corpus
 

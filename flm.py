@@ -16,8 +16,8 @@ places where it differs from a GPT:
       have, at each t, the distribution of x_t (flow matching, Lipman et al. 2023).
     - Training and sampling are uniform in tau(t) instead of t. tau is the share of positions whose
       argmax x_t is right, rescaled so that chance is 0.
-The network reads only x_t W, with its embedding W (V, D). Elsewhere, x_t is only added and scaled.
-So the code stores x_t W, the `state`, with D numbers per position, and learns E[x1 | x_t W].
+The network reads only x_t W, with its embedding W (V, D). All other uses of x_t are linear, and all
+of the above holds for x_t W as well. So the code stores x_t W, the `state`.
 B: rows of a batch. L: tokens of a row. V: size of the vocabulary. D: width of the network.
 """
 
@@ -70,7 +70,7 @@ class Clock(nn.Module):
         t = torch.arange(nodes, dtype=torch.float64) / nodes
         tau = decodability(t, V)
         tau[0] = 0  # instead of 1e-17
-        below_one = tau.float() < 1  # float32 rounds several tau to 1; keep one, so t(1) = 1
+        below_one = tau.float() < 1  # float32 rounds some tau to 1; (1, 1) replaces them all
         t = torch.cat([t[below_one], torch.ones(1)]).float()
         tau = torch.cat([tau[below_one], torch.ones(1)]).float()
         self.register_buffer("t_nodes", t, persistent=False)
@@ -105,7 +105,7 @@ def flow_loss(model, tokens):
     state = (1 - t) * x0 + t * x1  # x_t W
     state = insert_known(model, state, draw_known(model, tokens))  # only for prompts
     logits = model(state, tau)  # (B, L, V)
-    return cross_entropy(logits, tokens).mean(1), tau  # known tokens: loss near 0
+    return cross_entropy(logits, tokens).mean(1), tau  # known ones add about 0
 
 def uniform_times(B, device):
     """tau (B,) ~ U(0, 1), stratified: one in each of B equal intervals, for less variance."""
@@ -121,7 +121,8 @@ def draw_known(model, tokens):
     prob = model.config.condition_prob if model.training else 0
     chosen = torch.rand(B, 1, device=tokens.device) < prob
     share = torch.rand(B, 1, device=tokens.device)
-    known = chosen & (torch.rand(B, L, device=tokens.device) < share)
+    known = torch.rand(B, L, device=tokens.device) < share
+    known = known & chosen
     return torch.where(known, tokens, -1)
 
 def insert_known(model, state, known):
@@ -138,8 +139,8 @@ def cross_entropy(logits, target):
 def euler(denoiser, state, clock, steps, clean):
     """[FLM] Euler sampler on a uniform grid of tau. Yields (tau, state, probs) of each step.
 
-    denoiser(state (B, L, D), tau (B,)) -> probs (B, L, V), which is E[x1 | x_t]. clean(probs) =
-    probs W, which is E[x1 | x_t] W. The last probs, at tau = 1 - 1/steps, determine the text.
+    denoiser(state (B, L, D), tau (B,)) -> probs (B, L, V), E[x1 given the state]. clean(probs) =
+    probs W, the mean of x1 W. The last probs, at tau = 1 - 1/steps, determine the text.
     """
     taus = torch.linspace(0, 1, steps + 1, device=state.device)
     for tau, tau_next in zip(taus, taus[1:]):
@@ -151,7 +152,7 @@ def euler(denoiser, state, clock, steps, clean):
         state = state + (t_next - t) * velocity
 
 def denoise(model, known, temperature, state, tau_s, tau_t=None):
-    """Probs (B, L, V). Where tokens are known (B, L), the input is clean. tau_t: for a flow map."""
+    """Probs (B, L, V) at tau_s, with clean states of known tokens. Flow maps go on to tau_t."""
     state = insert_known(model, state, known)
     logits = model(state, tau_s, tau_t)
     return (logits / temperature).softmax(-1)
@@ -170,7 +171,8 @@ def sample(model, n, steps, seed, temperature=1.0, known=None):
         denoiser = partial(denoise, model, known_rows, temperature)
         for _, _, probs in euler(denoiser, state, model.clock, steps, model.clean):
             pass  # only the last probs are needed
-        texts.append(most_probable(model, probs, known_rows).cpu())
+        tokens = most_probable(model, probs, known_rows)
+        texts.append(tokens.cpu())
     return torch.cat(texts)
 
 def batches(model, n, known=None):
@@ -181,14 +183,14 @@ def batches(model, n, known=None):
 
 def forward_rows(model):
     """Rows of a forward pass: at most 256, with at most 2^28 logits, which are 1 GiB."""
-    return max(2, min(256, 2**28 // (model.config.seq_len * model.V)))  # 2: map_loss
+    return max(2, min(256, 2**28 // (model.config.seq_len * model.V)))  # for distill.map_loss, 2
 
 def most_probable(model, probs, known):
     """A probable text (B, L): the best length, then the best words. probs (B, L, V), known (B, L).
 
     Without packing, a row is one text, then end tokens (padded). Argmax would end texts early: the
-    end token may be more probable than each word, but not than all together. So the length n comes
-    first. Its score Q(n) is the product of 1-p_i for i < n and p_i for i >= n, with p_i = P(end).
+    end token may beat every single word, even if some word is likelier than an end. So the length
+    n comes first. Its score Q(n) is the product of 1-p_i for i < n, p_i for i >= n, p_i = P(end).
     """
     text = probs.argmax(-1)
     if not model.config.packing:
@@ -196,7 +198,7 @@ def most_probable(model, probs, known):
         p = torch.where(known < 0, probs[..., end], (known == end).float())  # 0 or 1 where known
         # log Q(n) = sum of log p_i over all i - sum of log(p_i / (1-p_i)) over i < n
         log_odds = torch.logit(p, eps=1e-6)
-        sums = F.pad(log_odds.cumsum(1), (1, -1))  # over i < n, for n < L: the last token is an end
+        sums = F.pad(log_odds.cumsum(1), (1, -1))  # sums[n]: over i < n; n < L, as a row has an end
         length = sums.argmin(1, keepdim=True)
         no_end = torch.arange(model.V, device=p.device) != end
         words = (probs * no_end).argmax(-1)
@@ -224,7 +226,7 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 class Block(nn.Module):
-    """[FLM] Attention without causal mask, then an MLP; the time shifts, scales and gates both."""
+    """[FLM] Attention without causal mask, then an MLP, scaled and gated by the time (adaLN)."""
 
     def __init__(self, config):
         super().__init__()
@@ -261,9 +263,9 @@ class Block(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, D / heads) each
         q = rotate(q, cos, sin).to(v.dtype)  # cos and sin are float32
         k = rotate(k, cos, sin).to(v.dtype)
-        h = self.attend(q, k, v).transpose(1, 2).reshape(B, L, D)
+        h = self.attend(q, k, v)
+        h = h.transpose(1, 2).reshape(B, L, D)
         x = x + gate1 * self.dropout(self.out(h))
-
         h = self.norm2(x) * (1 + scale2) + shift2
         return x + gate2 * self.dropout(self.mlp(h))
 
@@ -279,7 +281,7 @@ class Transformer(nn.Module):
         self.config, self.V, self.bf16 = config, V, False
         self.clock = Clock(V)
         self.embedding = nn.Parameter(torch.empty(V, D).uniform_(-1, 1) / math.sqrt(D))
-        # absolute positions, too: a padded row starts with a text, a packed one anywhere
+        # besides rotary positions: only in padded rows, a position is a place in the text
         self.position = None if config.packing else nn.Parameter(torch.zeros(L, D))
         self.time_s = TimeEmbedding(config.cond_width, config.time_scale)
         self.time_t = TimeEmbedding(config.cond_width, config.time_scale) if two_times else None
@@ -292,7 +294,6 @@ class Transformer(nn.Module):
         angles = torch.arange(L)[:, None] * frequencies  # rotary embedding
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
-
         # as in the paper: each block starts as the identity, and all tokens start equally likely
         zero = [*(block.modulation for block in self.blocks), self.modulation, self.head]
         if two_times:
@@ -304,8 +305,8 @@ class Transformer(nn.Module):
     def noise(self, B, generator=None):
         """[FLM] B states of noise, x0 W with x0 ~ N(0, I), (B, L, D).
 
-        If V > D, x0 is not drawn: at each position, x0 W is normal with covariance W^T W, and so is
-        z C^T with z ~ N(0, I) in R^D and C C^T = W^T W.
+        If V > D, x0 is not drawn, to save time: at each position, x0 W is normal with covariance
+        W^T W, and so is z C^T with z ~ N(0, I) in R^D and C C^T = W^T W.
         """
         W = self.embedding
         V, D = W.shape
@@ -345,7 +346,7 @@ class Transformer(nn.Module):
             shift, scale = self.modulation(cond)[:, None].chunk(2, dim=-1)
             logits = self.head(self.norm(x) * (1 + scale) + shift).float()
         cap = self.config.logit_cap
-        return cap * torch.tanh(logits / cap) if cap else logits
+        return cap * logits.div_(cap).tanh_() if cap else logits  # in place, to save memory
 
 # --------------------------------------------------------------------------------- 5. Settings
 def setting(group, default, help, choices=None):
@@ -469,15 +470,18 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            updates = []
             for p in group["params"]:
                 state = self.state[p]
                 if not state:
                     state["momentum"] = torch.zeros_like(p)
                 state["momentum"].lerp_(p.grad, 1 - group["beta"])
                 update = p.grad.lerp(state["momentum"], group["beta"])  # Nesterov
-                update = orthogonalise(update.view(group["stacked"], -1, p.shape[1]))
-                # with this factor, the RMS of the update is 0.2, about that of AdamW
-                scale = 0.2 * math.sqrt(max(update.shape[1:]))
+                updates.append(update.view(group["stacked"], -1, p.shape[1]))
+            updates = orthogonalise(torch.cat(updates))  # one batch is faster than many matrices
+            # with this factor, the RMS of the update is 0.2, about that of AdamW
+            scale = 0.2 * math.sqrt(max(updates.shape[1:]))
+            for p, update in zip(group["params"], updates.split(group["stacked"])):
                 p.sub_(update.view(p.shape), alpha=scale * group["lr"])
 
 def orthogonalise(G):
@@ -496,18 +500,17 @@ def orthogonalise(G):
 
 def make_optimizers(model, config):
     """AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest."""
-    qkv, matrices = [], []
-    if config.optimizer == "muon":
-        for block in model.blocks:
-            qkv.append(block.qkv.weight)
-            matrices += [block.out.weight, block.mlp[0].weight, block.mlp[2].weight]
-    for_muon = {id(p) for p in qkv + matrices}
+    groups = []
+    blocks = model.blocks
+    if config.optimizer == "muon":  # a group has matrices of one shape
+        groups = [dict(params=[block.qkv.weight for block in blocks], stacked=3),
+                  dict(params=[block.out.weight for block in blocks]),
+                  dict(params=[block.mlp[0].weight for block in blocks]),
+                  dict(params=[block.mlp[2].weight for block in blocks])]
+    for_muon = {id(p) for group in groups for p in group["params"]}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in for_muon]
     adamw = torch.optim.AdamW(rest, config.lr, (0.9, config.beta2), weight_decay=0, fused=True)
-    if matrices:
-        groups = [dict(params=qkv, stacked=3), dict(params=matrices)]
-        return [adamw, Muon(groups, config.lr)]
-    return [adamw]
+    return [adamw, Muon(groups, config.lr)] if groups else [adamw]
 
 def get_lr(step, config):
     """Linear warm-up, constant, then linear decay over the last decay * max_steps steps."""
@@ -552,7 +555,7 @@ def save_checkpoint(path, content):
 
 def load_checkpoint(path):
     """The content of a checkpoint: plain values and tensors; no code in it is executed."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path}: no such checkpoint; train one, or check --run-dir")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -610,7 +613,7 @@ def train(model, loss, corpus, config, path, sample):
     average = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = make_optimizers(model, config)
     first, log = 0, []
-    if config.resume and path.exists():
+    if config.resume and os.path.exists(path):
         first, log = resume(path, model, average, optimizers, corpus)
     elif rank() == 0:
         path.unlink(missing_ok=True)
@@ -619,7 +622,6 @@ def train(model, loss, corpus, config, path, sample):
     report(f"matrix products in bfloat16: {model.bf16}; {world()} x {device}")
     if config.compile or (config.compile is None and device.type == "cuda"):
         model.compile()
-
     # this process trains on `local` rows of each batch, at most `micro` of them at a time
     local = config.batch_size // world()
     micro = config.micro_batch_size or forward_rows(model)
@@ -631,10 +633,8 @@ def train(model, loss, corpus, config, path, sample):
         lr = get_lr(step, config)
         for group in groups:
             group["lr"] = lr
-
         # a function of seed, step and process, so that a resumed run draws the same numbers
         torch.manual_seed((config.seed * 10**7 + step) * world() + rank())
-
         # loss and gradient: sums over micro-batches, then over processes
         mean = torch.zeros((), device=device)
         row = step * config.batch_size + rank() * local  # may exceed the corpus: a new epoch
@@ -652,8 +652,8 @@ def train(model, loss, corpus, config, path, sample):
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        decay = min(config.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(averages, [w.detach() for w in weights], 1 - decay)
+        ema = min(config.ema, (1 + step) / (10 + step))
+        torch._foreach_lerp_(averages, [w.detach() for w in weights], 1 - ema)
 
         # log
         done = step + 1
@@ -666,7 +666,6 @@ def train(model, loss, corpus, config, path, sample):
                                 "--resume and a smaller --lr")
             log.append(entry)
             bar.set_postfix_str(f"loss {entry['loss']:.3f}")
-
         # evaluate and save
         if rank() == 0 and save:
             if evaluate:
@@ -685,8 +684,9 @@ def train(model, loss, corpus, config, path, sample):
 def resume(path, model, average, optimizers, corpus):
     """Loads an interrupted run; returns its step and log. Raises UserError."""
     content = load_checkpoint(path)
-    if content["source"] != corpus.meta["source"]:
-        raise UserError(f"{path}: has another text; pass its text as --dataset")
+    text = corpus.meta["source"], corpus.tokenizer.content
+    if (content["source"], content["tokenizer"]) != text:
+        raise UserError(f"{path}: has another text; pass its text as --dataset, or use --overwrite")
     try:
         model.load_state_dict(content["model"])
         average.load_state_dict(content["average"])
@@ -738,7 +738,7 @@ def write_samples(config, path, sample, networks=NETWORKS, **options):
     check(config)
     model = load(path, device, config.bf16, networks)
     if config.prompt:
-        if path.stem in ("flm", "fmlm") and not model.config.condition_prob:  # mdlm, ar: any
+        if path.stem in ("flm", "fmlm") and not model.config.condition_prob:  # not for extras
             raise UserError("--prompt: needs a flow that was trained with --condition-prob .2")
         options["known"] = parse_prompt(model, config.prompt)
     tokens = sample(model, config.num_samples, config.sample_steps, config.seed,
@@ -753,7 +753,7 @@ def open_run(config, path):
     """Prepares a training; returns its device and corpus. Raises UserError."""
     device = setup(config)
     check(config)
-    if path.exists() and not (config.resume or config.overwrite):
+    if os.path.exists(path) and not (config.resume or config.overwrite):
         raise UserError(f"{path}: exists; use --resume or --overwrite")
     corpus = data.prepare(config.dataset, config.tokenizer, config.seq_len, config.packing,
                           config.vocab_size, config.data_dir)
@@ -769,7 +769,7 @@ def run(main):
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: {error}\n")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("interrupted")
@@ -785,7 +785,7 @@ def main(argv):
     path = folder / "flm.pt"
     if config.sample:
         return write_samples(config, path, sample)
-    if config.resume and path.exists():  # the saved settings; the command line replaces them
+    if config.resume and os.path.exists(path):  # the saved settings; the command line replaces them
         config = Config(**(load_checkpoint(path)["config"] | given))
     device, corpus = open_run(config, path)
     model = build(config, corpus.tokenizer, device, config.bf16)

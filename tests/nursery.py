@@ -42,11 +42,8 @@ def run_child(main, line, most_bytes):
     flm.run(main)
 
 def finish(program, line, most_bytes=resource.RLIM_INFINITY, kill_when=None, delay=0.0):
-    """Runs a program in a process, whose stderr is the file err; returns the exit status.
-
-    The program cannot write a file of more than `most_bytes`. It is killed `delay` seconds after
-    kill_when() becomes true.
-    """
+    """The exit status of a process with its stderr in the file err, which cannot write a file of
+    more than `most_bytes` and is killed `delay` seconds after kill_when() becomes true."""
     Path("err").write_text("")
     child = FORKS.Process(target=run_child, args=(program.main, line, most_bytes), daemon=True)
     child.start()

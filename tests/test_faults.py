@@ -106,10 +106,10 @@ def test_a_loss_that_is_not_a_number_keeps_the_last_checkpoint(folder, monkeypat
         fails = sum(steps) > 24 and model.config.lr > 0.001
         return nats * (torch.nan if fails else 1), tau
     monkeypatch.setattr(flm, "flow_loss", broken)
-    for line in (FLOW, f"{RUN} --resume"):
-        assert re.search("is not a number.*use --resume with a smaller --lr", attempt(flm, line))
+    for line in (FLOW, f"{FLOW} --resume"):
+        assert re.search("is not a number.*--resume.*a smaller --lr", attempt(flm, line))
         assert flm.load_checkpoint(CHECKPOINT)["step"] == 20
-    assert not attempt(flm, f"{RUN} --resume --lr .001")
+    assert not attempt(flm, f"{FLOW} --resume --lr .001")
     content = flm.load_checkpoint(CHECKPOINT)
     assert content["step"] == 60 and content["config"]["lr"] == 0.001
     assert all(weights.isfinite().all() for weights in content["model"].values())
