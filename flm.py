@@ -346,7 +346,7 @@ class Transformer(nn.Module):
             shift, scale = self.modulation(cond)[:, None].chunk(2, dim=-1)
             logits = self.head(self.norm(x) * (1 + scale) + shift).float()
         cap = self.config.logit_cap
-        return cap * logits.div_(cap).tanh_() if cap else logits  # in place, to save memory
+        return cap * torch.tanh(logits / cap) if cap else logits
 
 # --------------------------------------------------------------------------------- 5. Settings
 def setting(group, default, help, choices=None):
