@@ -3,14 +3,17 @@
     corpus = prepare("sentences", tokenizer="bpe", vocab_size=4096, seq_len=18, packing=False)
     corpus.batch("train", rows=range(64))      # (64, 18) token ids, a pure function of the rows
 
-A corpus is a text of corpora/, a UTF-8 text file with one document per line (.txt, .gz, .xz), lm1b
-or owt. It is tokenised once into data/NAME-KEY/. KEY is a hash of the text and of all settings.
+A corpus is a text of corpora/, lm1b, owt, or your file or folder: plain text, JSON lines, CSV or
+Parquet. It is tokenised once into data/NAME-KEY/. KEY is a hash of the text and of all settings.
 """
 
+import bz2
 import contextlib
+import csv
 import functools
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import os
@@ -22,10 +25,8 @@ import tarfile
 import urllib.request
 import zlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import TextIOWrapper
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -37,77 +38,149 @@ EMBEDDED = ("sentences", "words", "sotu")
 DATASETS = (*EMBEDDED, "lm1b", "owt")
 FRAMED = ("gpt2", "bert-base-uncased")  # their packed rows are [begin] + L-2 tokens + [end]
 TOKENIZERS = ("chars", "bpe", *FRAMED)
-HELD_OUT = 20  # one line in 20 is held out if a corpus has no split of its own
+HELD_OUT = 20  # one document in 20 is held out if a corpus has no split of its own
+SEPARATOR = "<|endoftext|>"  # between documents of several lines
+PIECE = 2**14  # characters that a tokenizer reads at once: it is slow for words of any length
 BPE_CHARACTERS = 2**23  # a bpe vocabulary is trained on at most this much text
 LM1B_URL = ("http://www.statmt.org/lm-benchmark/"
             "1-billion-word-language-modeling-benchmark-r13output.tar.gz")
-LM1B_DOCUMENTS = 30_607_716
 LM1B_SHA256 = "01ba60381110baf7f189dfd2b8374de371e8c9a340835793f190bdae9e90a34e"
 BERT_URL = "https://huggingface.co/bert-base-uncased/resolve/main/tokenizer.json"
-OWT_REPOSITORY, OWT_DOCUMENTS = "Skylion007/openwebtext", 8_013_769
+OWT_REPOSITORY = "Skylion007/openwebtext"
 
 class UserError(Exception):
     """A mistake that the user can fix. The message is one line: what is wrong, where, and a fix."""
 
     def __str__(self):
-        return super().__str__().replace("\n", "\\n")
+        return printable(super().__str__())[:500]
+
+def printable(text):
+    """The text in one line: line breaks and other invisible characters are escaped, as in \\n."""
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(shown)
 
 # ------------------------------------------------------------------------------------- corpora
 @dataclass
 class Source:
-    """A corpus before tokenisation.
-
-    Each call of read() yields the same pairs (split, texts), with about 1 MiB of documents each.
-    split is "train" or "heldout", or None if the corpus has no split of its own.
-    """
+    """A corpus before tokenisation. Each call of read() yields the same pairs (split, texts), with
+    about 1 MiB of documents; split is "train", "heldout", or None if the corpus has no split."""
 
     name: str
     checksum: str  # identifies the text
     read: Callable
-    documents: int | None = None  # for the progress bar
+    ends: bool = False  # hold out the end of each document
 
 def find_source(dataset, data_dir=""):
     """The Source of `dataset`. A download starts only when it is read. Raises UserError."""
-    if data_dir and dataset not in ("lm1b", "owt"):
-        raise UserError(f"--data-dir {data_dir}: only for lm1b and owt; pass a file as --dataset")
-    if data_dir and not os.path.exists(data_dir):
-        raise UserError(f"--data-dir {data_dir}: no such file or folder; check the path")
+    if data_dir and (dataset not in ("lm1b", "owt") or not os.path.exists(data_dir)):
+        raise UserError(f"--data-dir {data_dir}: no copy of lm1b or owt; use --dataset PATH")
     if dataset == "lm1b":
         return lm1b(data_dir)
     if dataset == "owt":
         return owt(data_dir)
     path = CORPORA / f"{dataset}.txt.xz" if dataset in EMBEDDED else Path(dataset)
-    if not os.path.isfile(path):
-        raise UserError(f"--dataset {dataset}: no such file; use one of {', '.join(DATASETS)} "
-                        "or a text file")
-    name = path.name.split(".")[0][:64] or "text"
-    return Source(name, checksum(path), lambda: read_text(path))
+    if not path.exists():
+        raise UserError(f"--dataset {dataset}: not found; use a path or {', '.join(DATASETS)}")
+    files = files_of(path)
+    return Source(path.name.split(".")[0][:64] or "text", identity(files), lambda: read_all(files))
+
+def files_of(path):
+    """The file, or the files of a folder that have a known suffix. Raises UserError."""
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.is_file() and suffix(file))
+    if not files:
+        raise UserError(f"{path}: contains no .txt, .jsonl, .csv, .tsv or .parquet file; add one")
+    return files
+
+def suffix(path):
+    """txt, json, jsonl, csv, tsv, parquet or None; not the suffix of a compression."""
+    found = re.search(r"\.(txt|jsonl?|csv|tsv|parquet)(\.(gz|xz|bz2|zst))?$", path.name)
+    return found and found[1]
+
+def identity(files):
+    """A hash of a file, or the names and sizes of several, which may be large."""
+    if len(files) > 1:
+        return " ".join(f"{path.name} {path.stat().st_size}" for path in files)
+    with readable(files[0]), open(files[0], "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 @contextlib.contextmanager
 def readable(name, fix="replace the file"):
     """Turns any error of reading a file or a download into a UserError that contains `name`."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # each format raises its own kinds
-        if isinstance(error, UnicodeError):
-            fix = "convert it to UTF-8"
-        raise UserError(f"{name}: cannot be read ({first_line(error)}); {fix}") from None
+        raise UserError(f"{name}: cannot be read ({error!s:.200}); {fix}") from None
 
-def first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+def read_all(files):
+    """Yields (None, documents) of files, about 1 MiB at a time. Blank documents are omitted."""
+    for path in files:
+        read = read_plain if suffix(path) in ("txt", None) else read_table
+        with readable(path, "check its format"), open_file(path) as file:
+            for texts in read(file, path):
+                yield None, [text for text in texts if text and not text.isspace()]
 
-def read_lines(file):
-    """Yields the non-blank lines of a UTF-8 file in lists of about 1 MiB."""
-    text = TextIOWrapper(file, encoding="utf-8-sig", newline="\n")
-    while lines := text.readlines(2**20):
-        yield [line.rstrip("\r\n") for line in lines if not line.isspace()]
+OPENERS = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ": lzma.open, b"BZh": bz2.open}
+ARCHIVES = {b"\x28\xb5\x2f\xfd": "zstd -d", b"PK\x03\x04": "unzip", b"ustar": "tar -xf"}
 
-def read_text(path):
-    """Yields (None, lines) of a .txt, .gz or .xz file, about 1 MiB at a time."""
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    with readable(path), opener(path, "rb") as file:
-        for lines in read_lines(file):
-            yield None, lines
+def open_file(path):
+    """Opens a file, which gzip, xz or bz2 may have compressed."""
+    with open(path, "rb") as file:
+        start = file.read(8)
+    opener = next((OPENERS[magic] for magic in OPENERS if start.startswith(magic)), open)
+    return opener(path, "rb")
+
+def read_blocks(file, path):
+    """Yields a UTF-8 file as strings of about 1 MiB, cut after a line. Line ends become \\n."""
+    position = 0
+    while lines := file.readlines(2**20):
+        block = b"".join(lines)
+        bad = block.find(0)
+        try:
+            text = block.decode()
+        except UnicodeDecodeError as error:
+            bad = error.start
+        if bad >= 0:
+            commands = [ARCHIVES[magic] for magic in ARCHIVES if magic in block[:262]]
+            fix = f"unpack it with {commands[0]}" if commands else "convert it to UTF-8"
+            raise UserError(f"{path}: is not text at byte {position + bad}; {fix}")
+        position += len(block)
+        yield text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+def read_plain(file, path):
+    """Yields lists of documents: lines, or what is between SEPARATORs if the first MiB has one."""
+    separator, parts = None, []
+    for block in read_blocks(file, path):
+        separator = separator or (SEPARATOR if SEPARATOR in block else "\n")
+        parts.append(block)
+        if separator in block:
+            *documents, rest = "".join(parts).split(separator)
+            parts = [rest]
+            yield [text.strip("\n") for text in documents if text.strip() != SEPARATOR]
+    yield ["".join(parts).strip("\n")]
+
+def read_table(file, path):
+    """Yields lists of the field `text` of JSON lines, of CSV or TSV with a header, of Parquet."""
+    kind, lines = suffix(path), chain.from_iterable(map(io.StringIO, read_blocks(file, path)))
+    if kind == "parquet":
+        with readable(path, "pip install pyarrow"):
+            import pyarrow.parquet
+        table = pyarrow.parquet.ParquetFile(file)
+        columns = ["text"] if "text" in table.schema_arrow.names else None
+        rows = chain.from_iterable(b.to_pylist() for b in table.iter_batches(256, columns=columns))
+    elif kind in ("csv", "tsv"):
+        csv.field_size_limit(2**31 - 1)
+        rows = csv.DictReader(lines, delimiter="," if kind == "csv" else "\t")
+    else:
+        rows = map(json.loads, filter(str.strip, lines))
+    while part := list(islice(rows, 256)):
+        for row in part:
+            if "text" not in row:
+                raise UserError(f"{path}: has no `text`; rename one of: {', '.join(map(str, row))}")
+        yield [str(row["text"] or "").encode(errors="ignore").decode() for row in part]
 
 # The One Billion Word benchmark (Chelba et al. 2014): one tokenised news sentence per line.
 
@@ -131,7 +204,7 @@ def detokenise(texts):
     text = "\n".join(texts)
     for pattern, replacement in DETOKENISE:
         text = pattern.sub(replacement, text)
-    return text.split("\n") if texts else []
+    return text.split("\n") if text else []
 
 def lm1b(data_dir):
     """The Source of the published tarball: downloaded on first use, or local (file or folder)."""
@@ -141,13 +214,12 @@ def lm1b(data_dir):
     if data_dir and not path.is_file():
         raise UserError(f"--data-dir {data_dir}: contains no {path.name}; download it")
     identity = f"{path.name} {path.stat().st_size}" if data_dir else LM1B_SHA256
-    return Source("lm1b", identity, lambda: read_lm1b(path), LM1B_DOCUMENTS)
+    return Source("lm1b", identity, lambda: read_lm1b(path))
 
 def read_lm1b(path):
     """Yields (split, texts) of the tarball, read as a stream without unpacking it to disk."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        print("downloading and tokenising lm1b (1.8 GB); this takes a long time", file=sys.stderr)
         with readable("--dataset lm1b", "check the network, or pass a copy as --data-dir"):
             torch.hub.download_url_to_file(LM1B_URL, path, hash_prefix=LM1B_SHA256)
     found = set()
@@ -156,71 +228,62 @@ def read_lm1b(path):
             for split, regex in LM1B_SPLITS.items():
                 if regex.search(member.name):
                     found.add(split)
-                    for lines in read_lines(tar.extractfile(member)):
-                        yield split, detokenise(lines)
+                    for lines in read_plain(tar.extractfile(member), path):
+                        yield split, detokenise(filter(str.strip, lines))
         unpacked.read()  # to the end, where gzip verifies its checksum
     if found != LM1B_SPLITS.keys():
         raise UserError(f"{path}: not the lm1b tarball; delete it, or pass another --data-dir")
 
-# OpenWebText (Gokaslan and Cohen 2019): 8 million web pages as parquet files.
+# OpenWebText (Gokaslan and Cohen 2019): 8 million web pages as Parquet files.
 
 def owt(data_dir):
-    """The Source of OpenWebText: the Hugging Face hub, or a folder of parquet or text files."""
-    if not data_dir:
-        return Source("owt", OWT_REPOSITORY, lambda: hold_out_last(download_owt()), OWT_DOCUMENTS)
-    files = sorted(path for path in Path(data_dir).rglob("*")
-                   if path.suffix in (".parquet", ".txt", ".gz", ".xz"))
-    if not files:
-        raise UserError(f"--data-dir {data_dir}: contains no .parquet, .txt, .gz or .xz file")
-    listing = " ".join(f"{path.name} {path.stat().st_size}" for path in files)
-    return Source("owt", listing, lambda: hold_out_last(files))
+    """The Source of OpenWebText: the Hugging Face hub, or a folder of files."""
+    files = files_of(Path(data_dir)) if data_dir else None
+    text = identity(files) if files else OWT_REPOSITORY
+    return Source("owt", text, lambda: hold_out_last(files or download_owt()))
 
 def download_owt():
-    """The paths of the parquet files, which are downloaded on first use."""
+    """The paths of the Parquet files, which are downloaded on first use."""
     import huggingface_hub
-
-    print("downloading and tokenising owt (24 GB); this takes a long time", file=sys.stderr)
     with readable("--dataset owt", "check the network, or pass a copy as --data-dir"):
         folder = huggingface_hub.snapshot_download(
             OWT_REPOSITORY, repo_type="dataset", allow_patterns="*.parquet")
     return sorted(Path(folder).rglob("*.parquet"))
 
-def read_parquet(path):
-    """Yields (None, texts) of the column `text`, 256 documents at a time."""
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError("--dataset owt: parquet files need pyarrow; pip install pyarrow") from None
-    with readable(path), pyarrow.parquet.ParquetFile(path) as file:
-        if "text" not in file.schema_arrow.names:
-            raise UserError(f"{path}: has no column `text`; rename the column of the texts")
-        for batch in file.iter_batches(256, columns=["text"]):
-            texts = batch.column(0).to_pylist()
-            yield None, [text for text in texts if text and not text.isspace()]
-
 def hold_out_last(files):
     """Yields (split, texts). The last documents are held out: 100,000, but at most one in 20."""
-    def read():
-        for path in files:
-            yield from read_parquet(path) if path.suffix == ".parquet" else read_text(path)
-    total = sum(len(texts) for _, texts in read())
+    total = sum(len(texts) for _, texts in read_all(files))
     left = total - min(100_000, total // HELD_OUT)  # 100,000 as in the paper
-    for _, texts in read():
+    for _, texts in read_all(files):
         yield "train", texts[:left]
         yield "heldout", texts[left:]
         left = max(0, left - len(texts))
 
+def training_part(text, ends):
+    """How many characters of a document are not held out. ends: hold out the end of each one."""
+    if ends:
+        return len(text) - len(text) // HELD_OUT
+    return 0 if zlib.crc32(text.encode()) % HELD_OUT == 0 else len(text)
+
+def holds_out_ends(source):
+    """Whether the end of each document is held out, as a choice of documents would be uneven."""
+    training = total = 0
+    for split, texts in source.read():
+        if split:
+            return False
+        total += sum(map(len, texts))
+        training += sum(training_part(text, ends=False) for text in texts)
+    return total >= 10_000 and not 0.85 <= training / total <= 0.99
+
 def read_split(source):
-    """Yields (split, texts) of a source. If it has no split, a hash of each line selects one."""
+    """Yields (split, texts) of a source, also if it has no split of its own."""
     for split, texts in source.read():
         if split:
             yield split, texts
             continue
-        parts = dict(train=[], heldout=[])
-        for text in texts:
-            held_out = zlib.crc32(text.encode()) % HELD_OUT == 0
-            parts["heldout" if held_out else "train"].append(text)
-        yield from parts.items()
+        cuts = [training_part(text, source.ends) for text in texts]
+        yield "train", [text[:cut] for text, cut in zip(texts, cuts) if cut]
+        yield "heldout", [text[cut:] for text, cut in zip(texts, cuts) if text[cut:].strip()]
 
 # ---------------------------------------------------------------------------------- tokenizers
 class Tokenizer:
@@ -240,14 +303,12 @@ class Tokenizer:
             self.end, self.vocab_size = 0, len(self.ids) + 1
         elif self.kind == "gpt2":
             import tiktoken
-
             with readable("--tokenizer gpt2", "check the network, or set TIKTOKEN_CACHE_DIR"):
                 self.codec = tiktoken.get_encoding("gpt2")
             self.begin = self.end = self.codec.eot_token
             self.vocab_size = self.codec.n_vocab + 1  # the paper adds a padding token
         else:
             from tokenizers import Tokenizer as Codec
-
             self.codec = Codec.from_str(content["model"])
             self.codec.encode_special_tokens = True  # "[SEP]" in a text is not an end token
             self.end = self.vocab_size = self.codec.get_vocab_size()
@@ -267,12 +328,7 @@ class Tokenizer:
                 raise UserError(f"character {error} is not in the vocabulary; remove it") from None
         if self.kind != "gpt2":
             return [e.ids for e in self.codec.encode_batch_fast(texts, add_special_tokens=False)]
-        # tiktoken's own batch call starts one task per text, which is slower on short texts
-        size = max(1, -(-len(texts) // os.cpu_count()))
-        parts = [texts[i : i + size] for i in range(0, len(texts), size)]
-        with ThreadPoolExecutor() as pool:
-            encoded = pool.map(lambda part: list(map(self.codec.encode_ordinary, part)), parts)
-            return list(chain.from_iterable(encoded))
+        return self.codec.encode_ordinary_batch(texts)
 
     def decode(self, ids):
         """The text of a row of ids. A begin or end token inside it becomes a line break."""
@@ -300,21 +356,16 @@ def make_tokenizer(kind, source, vocab_size):
         return Tokenizer({"kind": kind, "chars": "".join(sorted(characters))})
     if kind == "gpt2":
         return Tokenizer({"kind": kind})
-    from tokenizers import Tokenizer as Codec
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
+    from tokenizers import ByteLevelBPETokenizer
     if kind == "bert-base-uncased":
         with readable(f"--tokenizer {kind}", "check the network"):
             model = urllib.request.urlopen(BERT_URL).read().decode()
             return Tokenizer({"kind": kind, "model": model})
     if vocab_size < 257:
         raise UserError(f"--vocab-size {vocab_size}: must be at least 257 (256 bytes and 1 end)")
-    codec = Codec(models.BPE())
-    codec.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    codec.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    codec.train_from_iterator(first_characters(source, BPE_CHARACTERS), trainer)
+    codec = ByteLevelBPETokenizer()
+    codec.train_from_iterator(first_characters(source, BPE_CHARACTERS), vocab_size - 1,
+                              min_frequency=0, show_progress=False)
     if codec.get_vocab_size() + 1 < vocab_size:
         print(f"{source.name}: this text fills only {codec.get_vocab_size() + 1} of --vocab-size "
               f"{vocab_size} tokens", file=sys.stderr)
@@ -325,12 +376,23 @@ def first_characters(source, limit):
     count = 0
     for split, texts in read_split(source):
         if split == "train":
-            yield from texts
+            for text in texts:
+                yield from (piece for piece, _ in pieces(text[:limit]))
             count += sum(map(len, texts))
             if count >= limit:
                 return
     if not count:
         yield from chain.from_iterable(texts for _, texts in source.read())
+
+def pieces(text):
+    """Yields pieces of a text, cut before spaces if possible, and whether each is the last one."""
+    start = 0
+    while len(text) - start > PIECE:
+        space = text.rfind(" ", start + 1, start + PIECE)
+        stop = space if space > 0 else start + PIECE
+        yield text[start:stop], False
+        start = stop
+    yield text[start:], True
 
 # --------------------------------------------------------------------------------- token files
 @dataclass
@@ -345,8 +407,7 @@ class Corpus:
 
     def describe(self):
         """Sizes, in one line."""
-        counts = [f"{self.rows(split):,} {name} rows"
-                  for split, name in (("train", "training"), ("heldout", "held-out"))]
+        counts = [f"{self.rows('train'):,} training rows", f"{self.rows('heldout'):,} held out"]
         if self.splits["heldout"] is self.splits["train"]:
             counts[1] = "no row is held out: the training rows are also used for evaluation"
         if skipped := self.meta["skipped"]:
@@ -397,12 +458,11 @@ def prepare(dataset, tokenizer, seq_len, packing, vocab_size=0, data_dir="", cac
     one document, padded with at least one end token; longer ones are skipped. Raises UserError.
     """
     from filelock import FileLock
-
     socket.setdefaulttimeout(20)  # seconds, for servers that do not answer
     if packing and tokenizer in FRAMED and seq_len < 3:
         raise UserError(f"--seq-len {seq_len}: rows of {tokenizer} need at least 3 tokens")
     source = find_source(dataset, data_dir)
-    settings = dict(source=source.checksum, tokenizer=tokenizer, packing=packing, format=7,
+    settings = dict(source=source.checksum, tokenizer=tokenizer, packing=packing, format=8,
                     vocab_size=vocab_size if tokenizer == "bpe" else None,
                     seq_len=None if packing else seq_len)
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
@@ -413,18 +473,15 @@ def prepare(dataset, tokenizer, seq_len, packing, vocab_size=0, data_dir="", cac
             if not folder.exists():
                 write_corpus(folder, source, settings)
     except OSError as error:  # errors of reading are UserErrors
-        raise UserError(f"{folder}: cannot be written ({first_line(error)}); make room, or start "
-                        "in another folder") from None
+        raise UserError(f"{folder}: cannot be written ({error!s:.200}); make room") from None
     with readable(folder, "delete the folder"):
         meta = json.loads((folder / "meta.json").read_text())
         codec = Tokenizer(meta["tokenizer_content"])
         splits = {}
         for split, count in meta["tokens"].items():
-            path, kind = folder / f"{split}.bin", token_type(codec)
-            if path.stat().st_size != count * np.dtype(kind).itemsize:
-                raise ValueError(f"{path.name} has another size")
             if count:
-                splits[split] = np.memmap(path, kind, mode="r")
+                path = folder / f"{split}.bin"
+                splits[split] = np.memmap(path, token_type(codec), "r", shape=(count,))
     corpus = Corpus(codec, splits, meta, seq_len, packing)
     usable = [split for split in splits if corpus.rows(split)]
     if not usable:
@@ -442,6 +499,7 @@ def write_corpus(folder, source, settings):
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     try:
+        source.ends = settings["packing"] and holds_out_ends(source)
         codec = make_tokenizer(settings["tokenizer"], source, settings["vocab_size"])
         meta = settings | write_tokens(part, source, codec, settings["seq_len"])
         meta["tokenizer_content"] = codec.content
@@ -451,24 +509,26 @@ def write_corpus(folder, source, settings):
         shutil.rmtree(part, ignore_errors=True)
 
 def write_tokens(folder, source, tokenizer, seq_len):
-    """Tokenises a source into folder/{train,heldout}.bin; returns counts for meta.json.
-
-    seq_len: pads documents to this length, skips those that do not fit; None: neither.
-    """
+    """Tokenises a source into folder/{train,heldout}.bin; returns counts for meta.json. Documents
+    are padded to seq_len tokens and skipped if they are longer, unless it is None."""
     tokens, skipped, end = dict(train=0, heldout=0), 0, [tokenizer.end]
-    bar = tqdm(total=source.documents, desc=f"tokenising {source.name}", unit=" documents",
-               unit_scale=True, file=sys.stderr, mininterval=1)
+    bar = tqdm(desc=f"tokenising {source.name}", unit=" documents", unit_scale=True, mininterval=1)
     with bar, open(folder / "train.bin", "wb") as train, open(folder / "heldout.bin", "wb") as held:
         for split, texts in read_split(source):
-            documents = tokenizer.encode(texts)
-            if seq_len:
-                fitting = [ids for ids in documents if len(ids) < seq_len]
-                skipped += len(documents) - len(fitting)
-                documents = [ids + end * (seq_len - len(ids) - 1) for ids in fitting]
-            flat = chain.from_iterable(ids + end for ids in documents)
-            flat = np.fromiter(flat, token_type(tokenizer))
-            (train if split == "train" else held).write(flat.tobytes())
-            tokens[split] += len(flat)
+            parts = [(text, True) for text in texts]
+            if not seq_len:
+                parts = list(chain.from_iterable(map(pieces, texts)))
+            for i in range(0, len(parts), 1024):
+                part, last = zip(*parts[i : i + 1024])
+                documents = tokenizer.encode(part)
+                if seq_len:
+                    fitting = [ids for ids in documents if len(ids) < seq_len]
+                    skipped += len(documents) - len(fitting)
+                    documents = [ids + end * (seq_len - len(ids) - 1) for ids in fitting]
+                flat = chain.from_iterable(ids + end * x for ids, x in zip(documents, last))
+                flat = np.fromiter(flat, token_type(tokenizer))
+                (train if split == "train" else held).write(flat.tobytes())
+                tokens[split] += len(flat)
             bar.update(len(texts))
     if not sum(tokens.values()) + skipped:
         raise UserError(f"{source.name}: the text is empty; pass one document per line")
@@ -476,7 +536,3 @@ def write_tokens(folder, source, tokenizer, seq_len):
 
 def token_type(tokenizer):
     return np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-
-def checksum(path):
-    with readable(path), open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -191,8 +191,7 @@ def main(argv):
         if config.prompt and config.sample_steps < 2:
             raise UserError("--prompt: a map needs --sample-steps 2 or more")
         return flm.write_samples(config, path, sample, renoise=config.renoise)
-    config, flow, device, corpus = follow_flow(
-        Config, given, path, PRESETS, beta2=0.95, dropout=0.0)
+    config, flow, device, corpus = follow_flow(Config, given, path, PRESETS, beta2=0.95, dropout=0)
     if config.micro_batch_size == 1 or config.batch_size == flm.world():
         raise UserError("--micro-batch-size, --batch-size: a map needs 2 rows per process or more")
     model = flm.build(config, corpus.tokenizer, device, config.bf16, flm.FlowMap)
@@ -204,7 +203,8 @@ def main(argv):
     loss = partial(map_loss, teacher)
     model = flm.train(model, loss, corpus, config, path, sample)
     for steps in (1, 2, 4):
-        flm.show(f"map, steps: {steps}", model, sample(model, 8, steps, config.seed))
+        texts = flm.to_lines(model, sample(model, 8, steps, config.seed))
+        flm.report(f"map, steps: {steps}", *texts, final=True)
 
 if __name__ == "__main__":
     flm.run(main)

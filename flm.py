@@ -29,7 +29,6 @@ import re
 import sys
 import time
 from dataclasses import dataclass, field, fields
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -537,7 +536,7 @@ def setup(config):
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
-        dist.init_process_group(timeout=timedelta(days=1))  # tokenising may take hours
+        dist.init_process_group()
     return device
 
 FORMAT = 3  # version of the checkpoints
@@ -550,8 +549,7 @@ def save_checkpoint(path, content):
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         part.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({data.first_line(error)}); mend this, then "
-                        "use --resume") from None
+        raise UserError(f"{path}: cannot be written ({error!s:.200}); then use --resume") from None
 
 def load_checkpoint(path):
     """The content of a checkpoint: plain values and tensors; no code in it is executed."""
@@ -563,8 +561,7 @@ def load_checkpoint(path):
             raise ValueError("written by another version")
         return content
     except Exception as error:
-        raise UserError(f"{path}: damaged, or no checkpoint of this version; train it again, or "
-                        f"replace it ({data.first_line(error)})") from None
+        raise UserError(f"{path}: damaged, or of another version; replace it ({error})") from None
 
 FlowMap = partial(Transformer, two_times=True)
 NETWORKS = dict(flm=Transformer, fmlm=FlowMap)  # a kind K has files K.pt
@@ -695,14 +692,13 @@ def resume(path, model, average, optimizers, corpus):
                 saved |= {k: present[k] for k in saved if k != "params"}  # flags replace beta2
             optimizer.load_state_dict(state)
     except (RuntimeError, ValueError) as error:
-        raise UserError("--resume: the run has another network or optimizer; omit the flags that "
-                        f"change it ({data.first_line(error)})") from None
+        raise UserError(f"--resume: other network or optimizer; omit its flags ({error})") from None
     return content["step"], content["log"]
 
-def report(title, *lines, file=None):
-    """Prints from the first process, above the progress bar. file: None is stderr."""
+def report(title, *lines, final=False):
+    """Prints to stderr, above the progress bar, or to stdout if final; only the first process."""
     if rank() == 0:
-        tqdm.write("\n    ".join([title, *lines]), file=file or sys.stderr)
+        tqdm.write("\n    ".join([title, *lines]), file=sys.stdout if final else sys.stderr)
 
 # ----------------------------------------------------------------------------- 9. Command line
 def to_lines(model, tokens):
@@ -711,7 +707,7 @@ def to_lines(model, tokens):
     for ids in tokens.tolist():
         if not model.config.packing and end in ids:
             ids = ids[: ids.index(end)]
-        lines.append(model.tokenizer.decode(ids).replace("\n", "\\n"))
+        lines.append(data.printable(model.tokenizer.decode(ids)))
     return lines
 
 def parse_prompt(model, text):
@@ -746,9 +742,6 @@ def write_samples(config, path, sample, networks=NETWORKS, **options):
     if rank() == 0:
         print("\n".join(to_lines(model, tokens)))
 
-def show(title, model, tokens):
-    report(title, *to_lines(model, tokens), file=sys.stdout)
-
 def open_run(config, path):
     """Prepares a training; returns its device and corpus. Raises UserError."""
     device = setup(config)
@@ -766,8 +759,15 @@ def open_run(config, path):
 
 def run(main):
     """Runs main(argv). A mistake of the user ends it with one line on stderr and status 2."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None if it is closed
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack some characters
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # its reader has left, as in "| head"
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.exit(1)
     except UserError as error:
         sys.stderr.write(f"{Path(sys.argv[0]).name}: {error}\n")
         sys.exit(2)
@@ -790,11 +790,11 @@ def main(argv):
     device, corpus = open_run(config, path)
     model = build(config, corpus.tokenizer, device, config.bf16)
     if rank() == 0 and not config.resume:
-        for old_map in folder.glob("fmlm*.pt"):  # of the flow that is replaced
-            old_map.unlink()
+        (folder / "fmlm.pt").unlink(missing_ok=True)  # the map of the flow that is replaced
     model = train(model, flow_loss, corpus, config, path, sample)
     for steps in (1, 4, 16, 64):
-        show(f"steps: {steps}", model, sample(model, 8, steps, config.seed))
+        texts = to_lines(model, sample(model, 8, steps, config.seed))
+        report(f"steps: {steps}", *texts, final=True)
 
 if __name__ == "__main__":
     run(main)

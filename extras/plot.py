@@ -12,7 +12,6 @@ import contextlib
 import os
 from pathlib import Path
 
-import data
 import flm
 from data import UserError
 
@@ -97,7 +96,7 @@ def save(figure, path):
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink()
-        raise UserError(f"--out {path}: cannot be written ({data.first_line(error)}); the earlier "
+        raise UserError(f"--out {path}: cannot be written ({error!s:.200}); the earlier "
                         "picture is intact; free disk space, or use another path") from None
 
 def main(argv):

@@ -121,7 +121,7 @@ def test_damaged_token_files_are_one_line_until_their_folder_is_deleted(folder, 
     good = prepare().splits["train"].copy()
     path = folders()[0] / name
     content = path.read_bytes()
-    for bad in (b"", b"[]", b"{}", content[: len(content) // 2], content + b"xx"):
+    for bad in (b"", b"[]", b"{}", content[: len(content) // 2]):
         path.write_bytes(bad)
         message = one_line()
         assert message.startswith(f"{path.parent}: ") and "delete the folder" in message

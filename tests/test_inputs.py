@@ -41,7 +41,7 @@ def restored(run_folder):
 def test_token_files_decode_to_the_documents_of_a_text(kind, packing):
     """Line ends, blank lines, a byte order mark, combined and foreign characters, a long line."""
     shutil.rmtree("data", ignore_errors=True)
-    documents = ["a b", "e\u0301 \u05e9\u05dc", "a\u2028b\x85c\x0cd", "\0", *map(str, range(60))]
+    documents = ["a b", "e\u0301 \u05e9\u05dc", "a\u2028b\x85c\x0cd", "\x01", *map(str, range(60))]
     text = "\ufeff" + "\r\n \t\n\n".join(documents)
     long = "".join(map(str, range(1000)))
     Path("c.txt").write_bytes(f"{text}\n{long}".encode())
@@ -55,7 +55,7 @@ def test_token_files_decode_to_the_documents_of_a_text(kind, packing):
     (flm, FLOW, "", "exists", ["--resume", "--overwrite", "--run-dir q"]),
     (flm, FLOW, "--run-dir a.txt/r", "use another one", ["--run-dir q"]),
     (flm, FLOW, "--resume --dataset other.txt", "another text; pass its text", ["--resume"]),
-    (flm, NEW, "--dataset 'a\nb'", "no such file", ["--dataset a.txt"]),
+    (flm, NEW, "--dataset 'a\nb'", "not found; use a path", ["--dataset a.txt"]),
     (flm, NEW, f"--run-dir {'a' * 300}", "use another one", ["--run-dir q"]),
     (flm, NEW, "--heads 3", r"--width 8: must be a multiple of 2 \* --heads", ["--heads 4"]),
     (flm, NEW, "--seq-len 2", "larger one or --packing", ["--seq-len 2 --packing"]),
