@@ -8,6 +8,7 @@ ar predicts each token from the tokens before it. mdlm, masked diffusion (Sahoo 
 2406.07524), predicts masked tokens. At time tau, a token is unmasked with probability tau.
 """
 
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+sys.path.append(str(Path(__file__).parent.parent))  # for python extras/NAME.py
 import distill
 import flm
 from data import UserError

@@ -18,14 +18,17 @@ to a large bfloat16 matrix product.
 
 import itertools
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
+sys.path.append(str(Path(__file__).parent.parent))  # for python extras/NAME.py
 import data
 import distill
 import flm

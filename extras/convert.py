@@ -12,11 +12,13 @@ Nothing in the file is executed: all objects but tensors and plain values become
 """
 
 import contextlib
+import sys
 import zipfile
 from pathlib import Path
 
 import torch
 
+sys.path.append(str(Path(__file__).parent.parent))  # for python extras/NAME.py
 import data
 import flm
 from data import UserError

@@ -34,6 +34,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+sys.path.append(str(Path(__file__).parent.parent))  # for python extras/NAME.py
 import data
 import distill
 import flm

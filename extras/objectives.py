@@ -11,6 +11,7 @@ Both differentiate the network with respect to time. They are unstable near t = 
 end at tau = .99 or earlier.
 """
 
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+sys.path.append(str(Path(__file__).parent.parent))  # for python extras/NAME.py
 import distill
 import flm
 from data import UserError

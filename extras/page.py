@@ -10,12 +10,14 @@ start from the same noise. The last texts are those of `flm.py --sample` and `di
 import contextlib
 import json
 import os
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
+sys.path.append(str(Path(__file__).parent.parent))  # for python extras/NAME.py
 import distill
 import flm
 from data import UserError

@@ -10,8 +10,10 @@ learning rate. Losses of different kinds of models are not comparable, so they h
 
 import contextlib
 import os
+import sys
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parent.parent))  # for python extras/NAME.py
 import flm
 from data import UserError
 
