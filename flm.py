@@ -98,6 +98,8 @@ def flow_loss(model, tokens):
     tokens (B, L) -> cross-entropy in nats per token (B,), and the times tau (B,), for the log.
     """
     tau = uniform_times(len(tokens), tokens.device)
+    if model.training:  # 5 % at 0, where sampling starts: t(tau) is so steep that none is near
+        tau = (1.05 * tau - 0.05).clamp(min=0)
     t = model.clock.t(tau)[:, None, None]  # (B, 1, 1)
     x0 = model.noise(len(tokens))  # x0 W, (B, L, D)
     x1 = model.clean(tokens)  # x1 W
@@ -119,9 +121,8 @@ def draw_known(model, tokens):
     B, L = tokens.shape
     prob = model.config.condition_prob if model.training else 0
     chosen = torch.rand(B, 1, device=tokens.device) < prob
-    share = torch.rand(B, 1, device=tokens.device)
+    share = torch.rand(B, 1, device=tokens.device) * chosen
     known = torch.rand(B, L, device=tokens.device) < share
-    known = known & chosen
     return torch.where(known, tokens, -1)
 
 def insert_known(model, state, known):
@@ -269,10 +270,8 @@ class Block(nn.Module):
         return x + gate2 * self.dropout(self.mlp(h))
 
 class Transformer(nn.Module):
-    """[FLM] The denoiser network, and the functions that make its input states.
-
-    A flow map (distill.py) has a second time embedding: two_times.
-    """
+    """[FLM] The denoiser network, and the functions that make its input states. two_times: a flow
+    map (distill.py), with a second time embedding."""
 
     def __init__(self, config, V, two_times=False):
         super().__init__()
@@ -293,13 +292,17 @@ class Transformer(nn.Module):
         angles = torch.arange(L)[:, None] * frequencies  # rotary embedding
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
-        # as in the paper: each block starts as the identity, and all tokens start equally likely
-        zero = [*(block.modulation for block in self.blocks), self.modulation, self.head]
+        # each block starts as the identity, and all tokens start equally likely, as in the paper
+        zero = [self.modulation, self.head]
+        for block in self.blocks:
+            zero += [block.modulation, block.out, block.mlp[2]]
         if two_times:
-            zero.append(self.time_t.mlp[-1])  # time_t adds 0: a map starts equal to its flow
+            zero.append(self.time_t.mlp[2])  # time_t adds 0: a map starts equal to its flow
         for layer in zero:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            for p in layer.parameters():
+                nn.init.zeros_(p)
+        for block in self.blocks:  # open gates: with the paper's, of 0, blocks learn late
+            block.modulation.bias.data.view(6, D)[2::3] = 1
 
     def noise(self, B, generator=None):
         """[FLM] B states of noise, x0 W with x0 ~ N(0, I), (B, L, D).
@@ -337,6 +340,8 @@ class Transformer(nn.Module):
             cond = cond + self.time_t(tau_t)
         cond = F.silu(cond)
         x = state
+        if self.config.state_norm:
+            x = F.layer_norm(x, x.shape[-1:])
         if self.position is not None:
             x = x + self.position[:L]
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
@@ -371,6 +376,7 @@ class Config:
     time_scale: float = of_network(1.0, "factor on tau; with 1, its sinusoids hardly vary")
     dropout: float = of_network(0.1, "dropout rate on the residual branches")
     condition_prob: float = of_network(0.0, "share of training rows with known tokens, for prompts")
+    state_norm: bool = of_network(False, "normalise the states in the network")
     logit_cap: float = of_network(30.0, "soft cap on the logits; 0: none")
     attention_cap: float = of_network(0.0, "soft cap on attention scores, for released models")
 
@@ -405,8 +411,8 @@ class Config:
         return {name: getattr(self, name) for name in names}
 
 SMALL = dict(depth=4, width=128, heads=4, cond_width=64, time_scale=100.0, dropout=0.0,
-             logit_cap=0.0, condition_prob=0.2, tokenizer="bpe", optimizer="muon", lr=1e-2,
-             warmup=100, decay=1.0, ema=0.99, eval_every=500)
+             logit_cap=0.0, condition_prob=0.2, state_norm=True, tokenizer="bpe", optimizer="muon",
+             lr=1e-2, warmup=100, decay=1.0, ema=0.99, eval_every=500)
 PRESETS = {
     "sentences": SMALL | dict(seq_len=18, packing=False, batch_size=32, max_steps=3200, lr=7e-3),
     "words": SMALL | dict(tokenizer="chars", seq_len=16, packing=False, width=96, heads=3,
@@ -416,9 +422,6 @@ PRESETS = {
     "owt": dict(tokenizer="gpt2", seq_len=1024),
     "a text file": SMALL | dict(vocab_size=2048, seq_len=32, batch_size=64, max_steps=1500),
 }
-
-def flag(name):
-    return "--" + name.replace("_", "-")
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -433,7 +436,7 @@ def parse(argv, config_type, doc, groups=("network", "training", "command")):
             kind = dict(type=f.type, choices=f.metadata["choices"])
             if f.type in (bool, bool | None):
                 kind = dict(action=argparse.BooleanOptionalAction)
-            parser.add_argument(flag(f.name), help=f.metadata["help"], **kind)
+            parser.add_argument(f"--{f.name.replace('_', '-')}", help=f.metadata["help"], **kind)
     return vars(parser.parse_args(argv))
 
 def check(config):
@@ -445,7 +448,7 @@ def check(config):
             least = 0 if f.type is float or f.name in may_be_zero else 1
             most = 2**31 - 1 if f.type is int or f.name in may_exceed_1 else 1
             if not least <= getattr(config, f.name) <= most:
-                raise UserError(f"{flag(f.name)}: must be from {least} to {most}")
+                raise UserError(f"--{f.name.replace('_', '-')}: must be from {least} to {most}")
     if config.temperature == 0 or config.beta2 == 1:
         raise UserError("--temperature must be greater than 0, --beta2 less than 1")
     if config.width % (2 * config.heads):
@@ -532,14 +535,14 @@ def setup(config):
     device = best if config.device == "auto" else torch.device(config.device)
     if device.type not in ("cpu", best.type):
         raise UserError(f"--device {config.device}: not available here; use --device cpu")
-    if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+    if dist.is_torchelastic_launched():
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            device = torch.device("cuda", dist.get_node_local_rank())
             torch.cuda.set_device(device)
         dist.init_process_group()
     return device
 
-FORMAT = 3  # version of the checkpoints
+FORMAT = 4  # version of the checkpoints
 
 def save_checkpoint(path, content):
     """Replaces the checkpoint, completely or not at all. Raises UserError."""
@@ -553,15 +556,13 @@ def save_checkpoint(path, content):
 
 def load_checkpoint(path):
     """The content of a checkpoint: plain values and tensors; no code in it is executed."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such checkpoint; train one, or check --run-dir")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content["format"] != FORMAT:
             raise ValueError("written by another version")
         return content
     except Exception as error:
-        raise UserError(f"{path}: damaged, or of another version; replace it ({error})") from None
+        raise UserError(f"{path}: no checkpoint of this version; train one ({error})") from None
 
 FlowMap = partial(Transformer, two_times=True)
 NETWORKS = dict(flm=Transformer, fmlm=FlowMap)  # a kind K has files K.pt
@@ -624,8 +625,8 @@ def train(model, loss, corpus, config, path, sample):
     micro = config.micro_batch_size or forward_rows(model)
     start = time.monotonic() - (log[-1]["seconds"] if log else 0)
     saved_at = time.monotonic()
-    bar = tqdm(range(first, config.max_steps), initial=first, total=config.max_steps, unit="step",
-               disable=rank() > 0, mininterval=1, file=sys.stderr)
+    bar = tqdm(range(first, config.max_steps), initial=first, total=config.max_steps,
+               disable=rank() > 0, mininterval=1)
     for step in bar:
         lr = get_lr(step, config)
         for group in groups:
@@ -652,7 +653,6 @@ def train(model, loss, corpus, config, path, sample):
         ema = min(config.ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(averages, [w.detach() for w in weights], 1 - ema)
 
-        # log
         done = step + 1
         evaluate = done % config.eval_every == 0 or done == config.max_steps
         save = evaluate or time.monotonic() - saved_at > 600
@@ -663,7 +663,6 @@ def train(model, loss, corpus, config, path, sample):
                                 "--resume and a smaller --lr")
             log.append(entry)
             bar.set_postfix_str(f"loss {entry['loss']:.3f}")
-        # evaluate and save
         if rank() == 0 and save:
             if evaluate:
                 heldout, by_tau = estimate_loss(average, loss, corpus)

@@ -34,10 +34,6 @@ class Baseline(flm.Transformer):
         self.blank = nn.Parameter(0.6 * torch.randn(config.width))
         for block in self.blocks:
             block.cap = 0  # only released checkpoints need it
-            nn.init.zeros_(block.out.weight)
-            nn.init.zeros_(block.mlp[2].weight)
-            gates = block.modulation.bias.data.view(6, -1)[2::3]
-            gates[:] = 1
 
 class AR(Baseline):
     """The input at position i is the token at i - 1."""

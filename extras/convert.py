@@ -50,8 +50,7 @@ class EmptyList(Empty):
 
 def replacement(name):
     """The class that replaces the class or function `name`."""
-    endings = dict(dict=EmptyDict, list=EmptyList)
-    return endings.get(name.lower()[-4:], Empty)
+    return dict(dict=EmptyDict, list=EmptyList).get(name.lower()[-4:], Empty)
 
 def read(path):
     """The tensors and plain values of a .ckpt or .safetensors file."""
@@ -73,9 +72,8 @@ def released(path):
     except ImportError as error:
         raise UserError(f"{path}: {error}; pip install safetensors") from None
     except Exception as error:  # zipfile, torch and pickle raise many kinds
-        reason = str(error).rpartition("WeightsUnpickler error:")[2]  # without torch's advice
-        reason = " ".join([type(error).__name__ + ":", *reason.split()])[:250]
-        raise UserError(f"{path}: not a released FLM or FMLM checkpoint ({reason}); "
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip()  # no advice of torch
+        raise UserError(f"{path}: not a released FLM or FMLM checkpoint ({reason:.200}); "
                         "download it again") from None
 
 def convert_weights(content):

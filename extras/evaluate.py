@@ -1,37 +1,38 @@
-"""Compares the models of a run: quality of their texts, network evaluations, likelihood.
+"""Compares the models of a run at equal diversity of their samples.
 
     python -m extras.evaluate runs/sentences                 # writes quality.json and quality.png
-    python -m extras.evaluate runs/a runs/b runs/c           # mean and standard deviation
-    python -m extras.evaluate --temperatures 1.15 1 .9 .8
+    python -m extras.evaluate runs/a runs/b runs/c           # mean and deviation, files in runs/a
+    python -m extras.evaluate --reverse                      # with the reverse perplexity
+    python -m extras.evaluate runs/lm1b --judge gpt2-large   # perplexity under a language model
 
-perplexity  of the samples: per word under 4-grams of the training text (per character under
-            5-grams for a character tokenizer), or per token under the ar of the run (--judge ar). A
-            text is read up to its first end token.
-entropy     of the token frequencies within a sample in nats, mean over samples. It does not show
-            whether all samples are alike: see bigrams, variation and distinct.
+A lower temperature lowers both the perplexity and the diversity of texts. So each model has a curve
+over temperatures, and perplexities are compared where two curves have the same diversity.
+
+perplexity  of the samples, up to their first end token: per word under 4-grams of the training
+            text (with a character tokenizer, 5-grams of characters), or per token under --judge
+diversity   entropy of the pooled bigrams of words (or characters) of all samples in nats
+variation   total variation distance between these bigrams and those of other held-out texts.
+            Both depend on the number of bigrams, so all rows use the smallest one
 length      tokens per sample, including its end token
-bigrams     entropy of the pooled bigrams of all samples in nats
-variation   total variation distance between the bigrams of samples and of held-out texts
-distinct    share of different samples
-training    share of samples that occur in the training text
+distinct    share of different samples; training: share that occurs in the training text
+entropy     of the tokens within a sample, as in papers. It does not show that samples are alike
+reverse     perplexity of held-out text under 4-grams of 4,000 samples: high if these are alike
 """
 
 import argparse
-import copy
 import json
 import math
 import os
 import sys
 from collections import Counter
 from functools import partial
-from itertools import chain, pairwise, product
+from itertools import chain, groupby, pairwise, product
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean as mean
 from statistics import stdev
 
-import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.append(str(Path(__file__).parent.parent))  # for python extras/NAME.py
@@ -42,6 +43,9 @@ from data import UserError
 from extras import baselines
 
 MOST = 2**22  # tokens to read from a split
+TEMPERATURES = 0.7, 0.8, 0.9, 1.0, 1.1
+STEPS = dict(flm=[16, 64], fmlm=[1, 2, 4], mdlm=[1, 2, 4, 8, 16, 64])  # ar: L
+FOR_REVERSE = 4000  # texts of which the 4-grams of a reverse perplexity are made
 
 # A judge is a function from texts (lists of ids) to their perplexity: exp of the mean nats.
 
@@ -95,24 +99,40 @@ class NGram:
                 nats.append(-math.log(self.probability(context, token)))
         return math.exp(mean(nats))
 
+def make_ngram(text, texts):
+    """4-grams of the words of texts; 5-grams of characters for a character tokenizer."""
+    V = 1 + len(set(chain.from_iterable(text.items(text.train))))  # 1 for unknown items
+    return NGram(text.items(texts), V, order=5 if text.tokenizer.kind == "chars" else 4)
+
 def ngram_judge(text):
-    """A judge: 4-grams of words, or 5-grams of characters for a character tokenizer."""
-    train, order = text.items(text.train), 5 if text.tokenizer.kind == "chars" else 4
-    V = 1 + len(set(chain.from_iterable(train)))  # 1 for unknown items
-    ngram = NGram(train, V, order)
+    ngram = make_ngram(text, text.train)
     return lambda texts: ngram.perplexity(text.items(texts))
 
-def ar_judge(model):
-    """A judge: the ar of the run. Its perplexity of its own samples is too low to compare."""
+def model_judge(name, text, device):
+    """A causal language model of `transformers`, which reads the first 1,024 tokens of a text."""
+    with data.readable(f"--judge {name}", "pip install transformers, or pass a local folder"):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        codec = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name).to(device).eval()
+    codec.pad_token, codec.padding_side = codec.eos_token, "right"
+    most = min(1024, model.config.max_position_embeddings)
+
     @torch.no_grad()
     def judge(texts):
-        rows = [torch.tensor(text) for text in texts]
-        rows = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
-        nats = []
-        for part in rows.split(flm.forward_rows(model)):
-            tokens = part.clamp(min=0).to(model.embedding.device)
-            nats.append(baselines.ar_nats(model, tokens).cpu())
-        return math.exp(torch.cat(nats)[rows >= 0].mean())
+        nats, cut = [], 0
+        for i in range(0, len(texts), 16):
+            lines = list(map(text.tokenizer.decode, texts[i : i + 16]))
+            batch = codec(lines, padding=True, return_tensors="pt").to(device)
+            mask = batch.attention_mask
+            cut += mask[:, most:].any(1).sum().item()
+            ids, mask = batch.input_ids[:, :most], mask[:, :most]
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                logits = model(input_ids=ids, attention_mask=mask).logits
+            part = flm.cross_entropy(logits[:, :-1].float(), ids[:, 1:])
+            nats.append(part[mask[:, 1:] > 0].cpu())
+        if cut:
+            flm.report(f"{cut} of {len(texts)} texts are cut to {most} tokens of the judge")
+        return torch.cat(nats).mean().exp().item()
     return judge
 
 def until_end(ids, end, start=0):
@@ -120,10 +140,10 @@ def until_end(ids, end, start=0):
     return ids[: ids.index(end, start) + 1] if end in ids[start:] else ids
 
 def frequencies(items):
-    """Relative frequencies by item."""
+    """Relative frequencies by item; 0 if it does not occur."""
     counts = Counter(items)
     total = counts.total()
-    return {item: count / total for item, count in counts.items()}
+    return Counter({item: count / total for item, count in counts.items()})
 
 def entropy(p):
     """Entropy of relative frequencies in nats."""
@@ -132,17 +152,12 @@ def entropy(p):
 def total_variation(p, q):
     """Half the sum of the absolute differences of relative frequencies."""
     items = p.keys() | q.keys()
-    differences = [abs(p.get(item, 0) - q.get(item, 0)) for item in items]
-    return sum(differences) / 2
-
-def bigrams(texts):
-    return frequencies(pair for text in texts for pair in pairwise(text))
+    return sum(abs(p[item] - q[item]) for item in items) / 2
 
 class Text:
     """The text of a corpus, and measures of samples relative to it.
 
-    train, heldout: texts, tuples of ids. rows: the held-out rows (n, L), in random order.
-    """
+    train, heldout: texts, tuples of ids. rows: the held-out rows (n, L), in random order."""
 
     def __init__(self, corpus):
         self.corpus, self.tokenizer = corpus, corpus.tokenizer
@@ -161,7 +176,7 @@ class Text:
         return [until_end(ids, self.end) if self.padded else ids for ids in texts]
 
     def items(self, texts):
-        """The items of the n-grams: the characters or the words of texts, and their end token."""
+        """The characters or the words of texts, and their end token."""
         if self.tokenizer.kind == "chars":
             return texts
         words = [tuple(self.tokenizer.decode(ids).split()) for ids in texts]
@@ -173,50 +188,55 @@ class Text:
         start = self.corpus.frame
         return judge([until_end(ids, self.end, start) for ids in rows.tolist()])
 
-    def measure(self, judge, rows):
-        """The measures of samples (n, L) by name."""
-        texts, n = self.texts(rows), len(rows)
+    def bigrams(self, texts):
+        """The bigrams of the items of texts, in order."""
+        return [pair for items in self.items(texts) for pair in pairwise(items)]
+
+    def measure(self, judge, rows, count):
+        """The measures of samples (n, L) by name, with `count` bigrams."""
+        texts, n, train = self.texts(rows), len(rows), set(self.train)
         others = self.heldout[n:] or self.heldout  # not the ones that are measured
-        train = set(self.train)
+        pairs = frequencies(self.bigrams(texts)[:count])
         return dict(
             perplexity=self.perplexity(judge, rows),
-            entropy=mean(entropy(frequencies(text)) for text in texts),
+            diversity=entropy(pairs),
+            variation=total_variation(pairs, frequencies(self.bigrams(others))),
             length=mean(map(len, texts)),
-            bigrams=entropy(bigrams(texts)),
-            variation=total_variation(bigrams(texts), bigrams(others)),
             distinct=len(set(texts)) / n,
-            training=mean(text in train for text in texts))
+            training=mean(text in train for text in texts),
+            entropy=mean(entropy(frequencies(text)) for text in texts))
+
+    def reverse(self, texts):
+        """Perplexity of the held-out text under 4-grams of texts."""
+        return make_ngram(self, texts).perplexity(self.items(self.heldout))
 
 def likelihood_bound(model, tokens, last=0.999):
     """Estimates a bound on -log p: tokens (B, L) -> nats per position (B,), random times tau (B,).
 
-    -log p <= 1/2 int_0^t1 SNR'(t) E|x1 - D_t|^2 dt - E log D_t1(x1) with SNR = t^2 / (1-t)^2
-    (Kingma et al. 2021) and t1 = t(tau = last). The integral is computed over tau.
-    Distances are measured where the noise is white: in R^V, or in R^D after chol(E^T E)^-1.
+    -log p <= 1/2 int_0^M E|x1 - D|^2 d(m^2) - E log D(x1), with m = t/(1-t), so m^2 is the ratio of
+    signal to noise, M = m(tau = last)^2, and the last term at tau = last (Kingma et al. 2021).
+    Distances are measured where the noise is white: in R^V, or in R^D after chol(W^T W)^-1.
     """
     noise, clean = model.noise(len(tokens)), model.clean(tokens)
+    end = torch.full((len(tokens),), last, device=tokens.device)
+    t_end = model.clock.t(end)
+    M = (t_end / (1 - t_end)) ** 2
+    m = torch.sqrt(flm.uniform_times(len(tokens), tokens.device) * M)
+    t = m / (1 + m)
 
-    def logits(tau):
-        t = model.clock.t(tau)[:, None, None]
-        return model(torch.lerp(noise, clean, t), tau)
+    def logits(t):
+        state = torch.lerp(noise, clean, t[:, None, None])
+        return model(state, model.clock.tau(t))
 
-    tau = last * flm.uniform_times(len(tokens), tokens.device)
-    probs = logits(tau).softmax(-1)
+    probs = logits(t).softmax(-1)
     if model.V <= model.config.width:
         error = F.one_hot(tokens, model.V) - probs
     else:
         error = (clean - model.clean(probs)).mT
         error = torch.linalg.solve_triangular(model.factor(), error, upper=False)
     error = error.square().sum((1, 2)) / tokens.shape[1]
-
-    # 1/2 dSNR/dtau, with dt/dtau by a central difference in float64
-    clock = copy.deepcopy(model.clock).cpu().double()
-    x, h = tau.cpu().double(), 1e-7
-    slope = (clock.t(x + h) - clock.t(x - h)) / (2 * h)
-    t = clock.t(x)
-    rate = last * slope * t / (1 - t) ** 3
-    end = logits(torch.full_like(tau, last))
-    return rate.to(error) * error + flm.cross_entropy(end, tokens).mean(1), tau
+    nats = flm.cross_entropy(logits(t_end), tokens).mean(1)
+    return M / 2 * error + nats, model.clock.tau(t)
 
 LOSSES = dict(flm=likelihood_bound, **baselines.LOSSES)
 
@@ -235,44 +255,15 @@ def likelihood(model, kind, text, n):
     tokens = mean(map(len, text.texts(rows)))
     return torch.cat(nats).mean().item() * text.corpus.seq_len / tokens
 
-def hide(text, rows, share, seed):
-    """Rows (n, L) with -1 at a random share of their tokens.
-
-    The end token of a padded row and the frame of a packed row are never hidden.
-    """
-    n, L = rows.shape
-    place, frame = torch.arange(L), text.corpus.frame
-    inside = (place >= frame) & (place < L - frame)
-    if text.padded:
-        lengths = torch.tensor(list(map(len, text.texts(rows))))
-        inside = place < lengths[:, None] - 1
-    random = torch.rand(n, L, generator=torch.Generator().manual_seed(seed))
-    return rows.masked_fill(inside & (random < share), -1)
-
-def infilling(models, text, judge, args):
-    """A row per model and hidden share, of num_samples / 4 texts: share restored, perplexity."""
-    pool = torch.tensor([i for ids in text.train for i in ids if i != text.end])
-
-    def chance(n, steps, seed, known):
-        generator = torch.Generator().manual_seed(seed)
-        drawn = pool[torch.randint(len(pool), known.shape, generator=generator)]
-        return torch.where(known < 0, drawn, known)
-
-    samplers = {("chance", 0): chance}
-    for name, pick in (("flm", max), ("fmlm", min), ("mdlm", min), ("mdlm", max)):
-        if name in models:
-            samplers[name, pick(args.steps)] = partial(SAMPLERS[name], models[name])
-    rows, table = text.rows[: (args.num_samples + 3) // 4], []
-    for (name, steps), sampler in samplers.items():
-        for share in (0.25, 0.5, 0.75):
-            hidden = hide(text, rows, share, args.seed)
-            filled = sampler(len(rows), steps, args.seed, known=hidden)
-            restored = (filled == rows)[hidden < 0]
-            table.append(dict(
-                model=name, steps=steps, hidden=share,
-                restored=restored.float().mean().item(),
-                perplexity=text.perplexity(judge, filled)))
-    return table
+@torch.no_grad()
+def copied(model, text):
+    """Share of held-out tokens that a flow restores at m = t/(1-t) = 100, from 1 % of noise."""
+    tokens = text.rows[: flm.forward_rows(model)].to(model.embedding.device)
+    t = torch.tensor(100 / 101, device=tokens.device)
+    state = (1 - t) * model.noise(len(tokens)) + t * model.clean(tokens)
+    logits = model(state, model.clock.tau(t).expand(len(tokens)))
+    right = logits.argmax(-1) == tokens
+    return right[tokens != text.end].float().mean().item()
 
 SAMPLERS = dict(flm=flm.sample, fmlm=distill.sample, **baselines.SAMPLERS)
 
@@ -280,25 +271,22 @@ def parse(argv):
     parser = flm.Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("runs", nargs="*", default=["runs/sentences"], help="folders of finished runs")
-    add("--judge", default="words", choices=("words", "ar"), help="perplexity under n-grams or ar")
-    add("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 64], help="evaluations per text")
-    add("--temperatures", type=float, nargs="+", default=[1.0], help="of the samplers")
-    add("--num-samples", type=int, default=1000, help="texts per row of the table")
+    add("--judge", default="words", help="words, or a causal language model of transformers")
+    add("--reverse", action="store_true", help=f"also sample {FOR_REVERSE} texts of each model")
+    add("--num-samples", type=int, default=500, help="texts per row of the table")
     add("--seed", type=int, default=0, help="seed of the samples")
-    add("--out", default="", help="folder of quality.json and quality.png; default: the first run")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     args = parser.parse_args(argv)
-    for name in ("steps", "temperatures", "num_samples"):
-        if np.min(value := getattr(args, name)) <= 0:
-            raise UserError(f"{flm.flag(name)} {value}: must be greater than 0")
+    if args.num_samples < 1:
+        raise UserError("--num-samples: must be at least 1")
     return args
 
-def load_run(folder, judge, device):
+def load_run(folder, device):
     """The models of a run by kind, and its text. Raises UserError if they do not fit."""
     models, sources = {}, {}
     for kind in ("flm", "fmlm", "mdlm", "ar"):
         path = folder / f"{kind}.pt"
-        if path.exists() or kind in ("flm", judge):
+        if path.exists() or kind == "flm":
             models[kind] = baselines.load(path, device)
             sources[kind] = flm.load_checkpoint(path)["source"]
     config = models["flm"].config
@@ -308,120 +296,183 @@ def load_run(folder, judge, device):
         same_text = sources[kind] in ("", corpus.meta["source"])
         shape = model.config.seq_len, model.config.packing
         if not same_text or shape != (corpus.seq_len, corpus.packing):
-            raise UserError(f"{folder}/{kind}.pt: its text, --seq-len or --packing differs from "
-                            "that of the flow now; train it again with --overwrite")
+            raise UserError(f"{folder}/{kind}.pt: of another text or row; train it again")
     return models, Text(corpus)
 
-def sample_all(models, text, judge, args):
-    """Samples and measures each model with each number of steps and each temperature."""
+def sample_all(models, text, args):
+    """Samples of each model by (name, steps, temperature), and reverse perplexities by the same."""
     from tqdm import tqdm
-
-    heldout = dict(model="held-out text", steps=None, temperature=None)
-    table = [heldout | text.measure(judge, text.rows[: args.num_samples])]
     cells = []
-    for name in SAMPLERS:
-        steps = [text.corpus.seq_len] if name == "ar" else args.steps
-        if name in models:
-            cells += product([name], steps, sorted({1.0, *args.temperatures}))
-    for name, steps, temperature in tqdm(cells, unit="cell", file=sys.stderr):
-        sample = SAMPLERS[name]
-        rows = sample(models[name], args.num_samples, steps, args.seed, temperature)
-        cell = dict(model=name, steps=steps, temperature=temperature)
-        table.append(cell | text.measure(judge, rows))
+    for name in models:
+        steps = STEPS.get(name, [text.corpus.seq_len])
+        cells += product([name], steps, [1.0] if name == "fmlm" else TEMPERATURES)
+    held_out = "held-out text", None, None
+    samples, reverse = {held_out: text.rows[: args.num_samples]}, {}
+    if args.reverse:
+        reverse[held_out] = text.reverse(text.train[:FOR_REVERSE])
+    for name, k, temperature in tqdm(cells, unit="cell", file=sys.stderr):
+        sample = partial(SAMPLERS[name], models[name])
+        samples[name, k, temperature] = sample(args.num_samples, k, args.seed, temperature)
+        if args.reverse and temperature == 1 and (name == "ar" or k <= 16):
+            rows = sample(FOR_REVERSE, k, args.seed + 1)
+            reverse[name, k, temperature] = text.reverse(text.texts(rows))
+    return samples, reverse
+
+def measure_all(runs, judges):
+    """The table of each run (text, samples, reverse), with as many bigrams in every row."""
+    count = min(len(text.bigrams(text.texts(rows)))
+                for text, samples, _ in runs for rows in samples.values())
+    tables = []
+    for (text, samples, reverse), judge in zip(runs, judges):
+        tables.append([])
+        for cell, rows in samples.items():
+            row = dict(zip(("model", "steps", "temperature"), cell))
+            row |= text.measure(judge, rows, count)
+            row["reverse"] = reverse.get(cell)
+            tables[-1].append(row)
+    return tables
+
+def curves(rows):
+    """The rows of each (model, steps), one per temperature."""
+    return {key: list(curve) for key, curve in groupby(rows, itemgetter("model", "steps"))}
+
+def at_diversity(curve, diversity, measure):
+    """A measure where a curve has this diversity, or None: logarithmic between temperatures."""
+    points = sorted((row["diversity"], row[measure]) for row in curve)
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if x0 <= diversity <= x1 and x0 < x1:
+            weight = (diversity - x0) / (x1 - x0)
+            return y0 ** (1 - weight) * y1**weight
+
+def at_equal_diversity(rows):
+    """For the text and each model at temperature 1: the perplexity of all at its diversity."""
+    table = []
+    for row in plain(rows):
+        line = {name: row[name] for name in ("model", "steps", "diversity", "perplexity")}
+        for (name, steps), curve in curves(rows).items():
+            if len(curve) > 1:
+                line[f"{name} {steps}"] = at_diversity(curve, row["diversity"], "perplexity")
+        table.append(line)
     return table
+
+def plain(rows):
+    return [row for row in rows if row["temperature"] in (None, 1)]
+
+def as_good_as(rows):
+    """For flow and map at temperature 1: in how many steps masked diffusion is as good."""
+    diffusion = {key[1]: curve for key, curve in curves(rows).items() if key[0] == "mdlm"}
+    table = []
+    for row in plain(rows):
+        if row["model"] in ("flm", "fmlm"):
+            line = dict(model=row["model"], steps=row["steps"])
+            for measure in ("perplexity", "variation"):
+                points = {steps: at_diversity(curve, row["diversity"], measure)
+                          for steps, curve in diffusion.items()}
+                line[measure] = steps_of(points, row[measure])
+            points = {steps: plain(curve)[0]["reverse"] for steps, curve in diffusion.items()}
+            table.append(line | dict(reverse=steps_of(points, row["reverse"])))
+    return table
+
+def steps_of(points, value):
+    """The steps in which a measure has this value, as text; points: its value by steps."""
+    points = [(steps, y) for steps, y in points.items() if y]
+    if not points or not value:
+        return ""
+    if value > points[0][1]:
+        return f"< {points[0][0]}"
+    for (k0, y0), (k1, y1) in pairwise(points):
+        if y1 <= value <= y0:
+            return f"{k0 * (k1 / k0) ** (math.log(y0 / value) / math.log(y0 / y1)):.2g}"
+    return f"> {points[-1][0]}"
 
 def over_runs(tables):
     """Merges the tables of several runs: mean, and standard deviation as name_sd."""
     merged = []
     for rows in zip(*tables):
-        row = {}
-        for name in rows[0]:
-            values = [r.get(name) for r in rows]
-            if not all(isinstance(x, float) for x in values) or name in ("temperature", "hidden"):
-                row[name] = values[0]
-                continue
-            row[name] = mean(values)
-            if len(values) > 1:
-                row[f"{name}_sd"] = stdev(values)
-        merged.append(row)
+        merged.append(dict(rows[0]))
+        for name in rows[0].keys() - {"temperature"}:
+            values = [row[name] for row in rows]
+            if isinstance(values[0], float):
+                merged[-1][name] = mean(values)
+                if len(values) > 1:
+                    merged[-1][f"{name}_sd"] = stdev(values)
     return merged
 
 def print_table(title, rows):
     """Prints rows, which are dicts. The cell of a missing value is empty."""
-    names = [x for x in dict.fromkeys(chain.from_iterable(rows)) if not x.endswith("_sd")]
+    names = [name for name in rows[0] if not name.endswith("_sd")]
     table = [names]
     for row in rows:
-        values = [row.get(name) for name in names]
-        cells = [f"{x:.4g}" if isinstance(x, float) else str(x or "") for x in values]
-        for i, name in enumerate(names):
-            if f"{name}_sd" in row:
-                cells[i] += f" ± {row[f'{name}_sd']:.2g}"
+        cells = []
+        for name in names:
+            x, sd = row[name], row.get(f"{name}_sd")
+            text = f"{x:.4g}" if isinstance(x, float) else str(x or "")
+            cells.append(text if sd is None else f"{text} ± {sd:.2g}")
         table.append(cells)
     widths = [max(map(len, column)) for column in zip(*table)]
     print(f"\n{title}")
     for cells in table:
         print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths)))
 
-STYLES = dict(flm="o-", fmlm="^-", mdlm="D:", ar="v-.")
+STYLES = dict(flm="o-", mdlm="D--", ar="v-.", fmlm="^:")
+NAMES = dict(flm="flow", mdlm="masked diffusion", ar="autoregressive", fmlm="map")
 
 def plot(rows, path):
-    """Perplexity against network evaluations (temperature 1), and against entropy."""
-    os.environ.pop("MPLBACKEND", None)  # Jupyter's backend does not exist in other programs
+    """Perplexity against diversity, over temperatures; variation against network evaluations."""
+    os.environ["MPLBACKEND"] = "agg"  # Jupyter's does not exist in other programs
     from matplotlib.figure import Figure
-
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    left, right = figure.subplots(1, 2)
     heldout, *rows = rows
     for name, style in STYLES.items():
         mine = [row for row in rows if row["model"] == name]
-        if not mine:
-            continue
-        plain = [row for row in mine if row["temperature"] == 1]
-        most = [row for row in mine if row["steps"] == mine[-1]["steps"]]
-        for axes, x, points in ((left, "steps", plain), (right, "entropy", most)):
-            errors = [row.get("perplexity_sd", 0) for row in points]
-            axes.errorbar([row[x] for row in points], [row["perplexity"] for row in points],
-                          errors, fmt=style, label=name, capsize=2)
-    left.axhline(heldout["perplexity"], color="black", lw=0.8)
-    right.plot(heldout["entropy"], heldout["perplexity"], "k*", ms=12, label="held-out text")
-    left.set(xscale="log", yscale="log", xlabel="network evaluations per text",
-             ylabel="perplexity of the samples", title="temperature 1; line: held-out text")
-    right.set(xlabel="entropy of a sample (nats)",
-              title="by temperature, at the most steps")
-    right.legend()
+        if mine:
+            steps = max(row["steps"] for row in mine)
+            most = [row for row in mine if row["steps"] == steps or name == "fmlm"]
+            label = "map: 1, 2, 4 steps" if name == "fmlm" else f"{NAMES[name]}, {steps} steps"
+            for axes, x, y, points in ((left, "diversity", "perplexity", most),
+                                       (right, "steps", "variation", plain(mine))):
+                axes.errorbar([row[x] for row in points], [row[y] for row in points],
+                              [row.get(f"{y}_sd", 0) for row in points], fmt=style, capsize=2,
+                              label=label)
+    left.plot(heldout["diversity"], heldout["perplexity"], "k*", ms=12, label="held-out text")
+    right.axhline(heldout["variation"], color="black", lw=0.8)
+    left.set(yscale="log", xlabel="diversity: entropy of pooled bigrams (nats)",
+             ylabel="perplexity of the samples", title="a point per temperature (map: per steps)")
+    right.set(xscale="log", xlabel="network evaluations per text",
+              ylabel="total variation of bigrams", title="temperature 1; line: held-out text")
+    left.legend()
     part = path.with_suffix(".part.png")
     figure.savefig(part, dpi=150)
     part.replace(path)
 
 def evaluate_run(folder, args, device):
-    """The tables of one run: likelihood, samples, infilling."""
-    models, text = load_run(folder, args.judge, device)
-    judge = ar_judge(models["ar"]) if args.judge == "ar" else ngram_judge(text)
-    nats = [dict(model=kind, nats=likelihood(models[kind], kind, text, args.num_samples))
-            for kind in LOSSES if kind in models]
-    samples = sample_all(models, text, judge, args)
-    hidden = infilling(models, text, judge, args)
-    return nats, samples, hidden
+    """(text, samples, reverse) of a run, and its table of likelihoods."""
+    models, text = load_run(folder, device)
+    nats = []
+    for kind in filter(models.get, LOSSES):
+        row = dict(model=kind, nats=likelihood(models[kind], kind, text, args.num_samples))
+        row["copied"] = copied(models[kind], text) if kind == "flm" else None
+        nats.append(row)
+    return (text, *sample_all(models, text, args)), nats
 
 def main(argv):
     args = parse(argv)
-    device, out = flm.setup(args), Path(args.out or args.runs[0])
-    if args.out:
-        out.mkdir(parents=True, exist_ok=True)
-    tables = [evaluate_run(Path(folder), args, device) for folder in args.runs]
-    kinds = []
-    for _, samples, _ in tables:
-        kinds.append([(row["model"], row["steps"]) for row in samples])
-    if any(kinds[0] != other for other in kinds):
+    device, out = flm.setup(args), Path(args.runs[0])
+    runs, nats = zip(*(evaluate_run(Path(folder), args, device) for folder in args.runs))
+    if len({tuple(samples) for _, samples, _ in runs}) > 1:
         raise UserError(f"{' '.join(args.runs)}: contain different models; pass one folder")
-    nats, samples, hidden = map(over_runs, zip(*tables))
-    print_table("nats per held-out token (flm and mdlm: upper bounds)", nats)
-    print_table(f"{args.num_samples} samples per run; judge: {args.judge}", samples)
-    if hidden:
-        print_table("held-out texts with hidden tokens: share restored", hidden)
-    report = dict(vars(args), likelihood=nats, samples=samples, infilling=hidden)
+    judges = [ngram_judge(text) if args.judge == "words" else model_judge(args.judge, text, device)
+              for text, _, _ in runs]
+    nats, samples = map(over_runs, (nats, measure_all(runs, judges)))
+    tables = {"nats per held-out token (flm and mdlm: upper bounds)": nats,
+              f"{args.num_samples} samples per run; judge: {args.judge}": samples,
+              "perplexity of the curves at the diversity of a row": at_equal_diversity(samples),
+              "as good as masked diffusion in how many steps, by": as_good_as(samples)}
+    for title, rows in tables.items():
+        print_table(title, rows)
     part = out / "quality.part"  # replaces the old file, completely or not at all
-    part.write_text(json.dumps(report, indent=1))
+    part.write_text(json.dumps(dict(vars(args), tables=tables), indent=1))
     part.replace(out / "quality.json")
     plot(samples, out / "quality.png")
 

@@ -2,9 +2,8 @@
 
     python -m extras.page --run-dir runs/sentences --out page.html
 
-The page is one file and loads nothing else. It shows the most probable token of every position
-after each evaluation of the flow (flm.pt) and, if the run has one, of the map (fmlm.pt). Both
-start from the same noise. The last texts are those of `flm.py --sample` and `distill.py --sample`.
+The page is one file. It shows the most probable token of every position after each evaluation of
+the flow (flm.pt) and, if there is one, of the map (fmlm.pt), which start from the same noise.
 """
 
 import contextlib

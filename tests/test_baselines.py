@@ -4,15 +4,18 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
+import tokenizers
 import torch
 
+import distill
 import flm
 from data import UserError
 from extras import baselines, evaluate
-from test_flm import CPU, PHRASES, TINY, TOKENS, Source, network, run
+from test_flm import CPU, PHRASES, TEXT, TINY, TOKENS, Source, network, run
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_the_cache_of_ar_changes_nothing(packing, monkeypatch):
@@ -65,6 +68,10 @@ def test_the_bound_of_the_exact_denoiser_is_the_entropy_of_the_source(E):
     error = nats.std() / math.sqrt(n)
     assert abs(nats.mean() + (p * p.log()).sum()) < 3 * error < 0.1
 
+def test_the_exact_flow_copies_all_tokens():
+    text = SimpleNamespace(rows=torch.randint(1, 5, (50, 1)), end=4)
+    assert evaluate.copied(Source(*TOKENS), text) == 1
+
 def test_ngrams_equal_a_hand_count_and_are_distributions():
     """Texts aa0 and ab0: bigrams ^a 2, aa 1, ab 1, a0 1, b0 1 with D = n1 / (n1 + 2 n2) = 4/6.
 
@@ -82,23 +89,76 @@ def test_ngrams_equal_a_hand_count_and_are_distributions():
     for context in ([], rows[0][:2], rows[1][:3], [6, 6, 6], [5]):
         assert abs(sum(judge.probability(context, token) for token in range(7)) - 1) < 1e-12
 
-def test_baselines_are_trained_sampled_and_evaluated(folder, capsys):
-    """The table has a row per model, number of steps and temperature."""
-    run(flm, f"{TINY} --width 12 --condition-prob 0.3 --max-steps 6 --run-dir r")
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """The run folder r of a flow, a map and baselines."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("runs"))
+        Path("a.txt").write_text(TEXT)
+        run(flm, f"{TINY} --width 12 --condition-prob 0.3 --max-steps 6 --run-dir r")
+        run(distill, "--run-dir r --max-steps 2")
+        for kind in ("ar", "mdlm"):
+            run(baselines, f"--run-dir r --model {kind}")
+        yield
+
+def test_baselines_continue_a_prompt(run_folder, capsys):
     for kind in ("ar", "mdlm"):
-        run(baselines, f"--run-dir r --model {kind}")
-        capsys.readouterr()
         run(baselines, f"--run-dir r --sample --model {kind} --prompt ab --num-samples 4")
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) == 4 and all(line.startswith("ab") for line in lines)
-    run(evaluate, "r r --steps 1 3 --num-samples 20 --temperatures 0.5")
-    report = json.loads(Path("r/quality.json").read_text())
-    assert len(report["samples"]) == 1 + 2 * (2 + 1 + 2)
-    text = evaluate.load_run(Path("r"), "ngram", CPU)[1]
-    hidden = evaluate.hide(text, text.rows, 0.5, 0) < 0
-    assert not (hidden & (text.rows == text.end)).any()
-    text.end, text.heldout = 0, [(1, 2, 0)]  # bigrams 12 and 20, against 12, 22 and 20
-    measured = text.measure(len, torch.tensor([[1, 2, 2, 0, 0]] * 2))
+
+def test_evaluation_has_a_row_per_model_steps_and_temperature(run_folder, monkeypatch):
+    monkeypatch.setattr(evaluate, "FOR_REVERSE", 50)
+    run(evaluate, "r r --num-samples 20 --reverse")
+    tables = list(json.loads(Path("r/quality.json").read_text())["tables"].values())
+    nats, samples, equal, as_good = tables
+    assert len(samples) == 1 + 5 * (2 + 6 + 1) + 3 and len(equal) == 1 + 2 + 6 + 1 + 3
+    assert [row["model"] for row in nats] == ["flm", "ar", "mdlm"]
+    assert all(row["perplexity_sd"] == 0 for row in samples)  # twice the same run
+    assert sum(row["reverse"] is not None for row in samples) == 1 + 1 + 5 + 1 + 3
+    assert len(as_good) == 5 and as_good[0].keys() == {
+        "model", "steps", "perplexity", "variation", "reverse"}
+
+def test_measures_of_samples(run_folder):
+    text = evaluate.load_run(Path("r"), CPU)[1]
+    text.end, text.heldout = 0, [(1, 2, 0)]  # bigrams 12 and 20
+    rows = torch.tensor([[1, 2, 2, 0, 0]] * 2)
+    measured = text.measure(len, rows, count=6)  # bigrams 12, 22 and 20
     assert (measured["length"], measured["distinct"], measured["training"]) == (4, 0.5, 0)
-    assert abs(measured["variation"] - 1 / 3) < 1e-9 > abs(measured["bigrams"] - math.log(3))
+    assert abs(measured["variation"] - 1 / 3) < 1e-9 > abs(measured["diversity"] - math.log(3))
     assert abs(measured["entropy"] - math.log(4) * 3 / 4) < 1e-9  # frequencies 1/4, 1/2, 1/4
+    assert abs(text.measure(len, rows, count=2)["diversity"] - math.log(2)) < 1e-9
+    text.heldout = text.train[:5]
+    assert text.reverse(text.train) < text.reverse([(1, 1, 0)] * 9)
+
+def test_curves_are_interpolated_and_never_extrapolated():
+    """Perplexity 100 at diversity 7 and 25 at 6: 50 half-way. Variation falls from .8 to .2."""
+    curve = [dict(diversity=7.0, perplexity=100.0), dict(diversity=6.0, perplexity=25.0)]
+    assert abs(evaluate.at_diversity(curve, 6.5, "perplexity") - 50) < 1e-9
+    assert evaluate.at_diversity(curve, 7.01, "perplexity") is None
+    points = {1: 0.8, 4: 0.2, 16: None}
+    assert [evaluate.steps_of(points, x) for x in (0.9, 0.4, 0.1, None)] == ["< 1", "2", "> 4", ""]
+
+def test_a_judge_of_transformers_gives_the_perplexity_of_its_loss(run_folder, monkeypatch, capsys):
+    """Two layers with random weights, on texts of 2 to 39 tokens, of which it reads 16."""
+    transformers = pytest.importorskip("transformers")
+    words = tokenizers.models.WordLevel(dict(zip("?ab ", range(4))), "?")
+    codec = tokenizers.Tokenizer(words)
+    codec.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=codec, eos_token="?")
+    fast.save_pretrained("judge")
+    config = transformers.GPT2Config(vocab_size=4, n_positions=16, n_embd=8, n_layer=2, n_head=2)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    model.save_pretrained("judge")
+    text = evaluate.load_run(Path("r"), CPU)[1]
+    lines = [("ab a bb" * 6)[: 2 + i] for i in range(38)]
+    nats = []
+    for line in lines:
+        ids = torch.tensor([codec.encode(line).ids[:16]])
+        nats += [model(ids, labels=ids).loss.item()] * (ids.shape[1] - 1)
+    judge = evaluate.model_judge("judge", text, CPU)
+    found = judge([ids for ids in text.tokenizer.encode(lines)])
+    assert found == pytest.approx(math.exp(sum(nats) / len(nats)), rel=1e-4)
+    assert "23 of 38 texts are cut to 16 tokens" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--judge nothing: cannot be read.*pip install"):
+        evaluate.model_judge("nothing", text, CPU)
