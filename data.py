@@ -74,35 +74,31 @@ def find_source(dataset, data_dir=""):
     """The Source of `dataset`. A download starts only when it is read. Raises UserError."""
     if data_dir and (dataset not in ("lm1b", "owt") or not os.path.exists(data_dir)):
         raise UserError(f"--data-dir {data_dir}: no copy of lm1b or owt; use --dataset PATH")
-    if dataset == "lm1b":
-        return lm1b(data_dir)
-    if dataset == "owt":
-        return owt(data_dir)
+    if dataset in ("lm1b", "owt"):
+        return lm1b(data_dir) if dataset == "lm1b" else owt(data_dir)
     path = CORPORA / f"{dataset}.txt.xz" if dataset in EMBEDDED else Path(dataset)
-    if not path.exists():
+    if not dataset or not path.exists():
         raise UserError(f"--dataset {dataset}: not found; use a path or {', '.join(DATASETS)}")
     files = files_of(path)
-    return Source(path.name.split(".")[0][:64] or "text", identity(files), lambda: read_all(files))
+    name = printable(path.name.split(".")[0])[:64] or "text"
+    return Source(name, " ".join(map(checksum, files)), lambda: read_all(files))
 
 def files_of(path):
-    """The file, or the files of a folder that have a known suffix. Raises UserError."""
+    """The file, or those files of a folder that have a known suffix. Raises UserError."""
     if not path.is_dir():
         return [path]
     files = sorted(file for file in path.rglob("*") if file.is_file() and suffix(file))
     if not files:
-        raise UserError(f"{path}: contains no .txt, .jsonl, .csv, .tsv or .parquet file; add one")
+        raise UserError(f"{path}: contains no .txt, .json(l), .csv, .tsv or .parquet file; add one")
     return files
 
 def suffix(path):
     """txt, json, jsonl, csv, tsv, parquet or None; not the suffix of a compression."""
-    found = re.search(r"\.(txt|jsonl?|csv|tsv|parquet)(\.(gz|xz|bz2|zst))?$", path.name)
+    found = re.search(r"\.(txt|jsonl?|csv|tsv|parquet)(\.(gz|xz|bz2|zst))?$", path.name.lower())
     return found and found[1]
 
-def identity(files):
-    """A hash of a file, or the names and sizes of several, which may be large."""
-    if len(files) > 1:
-        return " ".join(f"{path.name} {path.stat().st_size}" for path in files)
-    with readable(files[0]), open(files[0], "rb") as file:
+def checksum(path):
+    with readable(path, "check the file and its permissions"), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 @contextlib.contextmanager
@@ -124,7 +120,7 @@ def read_all(files):
                 yield None, [text for text in texts if text and not text.isspace()]
 
 OPENERS = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ": lzma.open, b"BZh": bz2.open}
-ARCHIVES = {b"\x28\xb5\x2f\xfd": "zstd -d", b"PK\x03\x04": "unzip", b"ustar": "tar -xf"}
+ARCHIVES = {b"\x28\xb5\x2f\xfd": "zstd -d --rm", b"PK\x03\x04": "unzip", b"ustar": "tar -xf"}
 
 def open_file(path):
     """Opens a file, which gzip, xz or bz2 may have compressed."""
@@ -145,8 +141,8 @@ def read_blocks(file, path):
             bad = error.start
         if bad >= 0:
             commands = [ARCHIVES[magic] for magic in ARCHIVES if magic in block[:262]]
-            fix = f"unpack it with {commands[0]}" if commands else "convert it to UTF-8"
-            raise UserError(f"{path}: is not text at byte {position + bad}; {fix}")
+            fix = f"unpack it: {commands[0]}" if commands else "convert it: iconv -t UTF-8"
+            raise UserError(f"{path}: is not UTF-8 text at byte {position + bad}; {fix} {path}")
         position += len(block)
         yield text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
@@ -173,14 +169,20 @@ def read_table(file, path):
         rows = chain.from_iterable(b.to_pylist() for b in table.iter_batches(256, columns=columns))
     elif kind in ("csv", "tsv"):
         csv.field_size_limit(2**31 - 1)
-        rows = csv.DictReader(lines, delimiter="," if kind == "csv" else "\t")
+        rows = csv.DictReader(lines, delimiter="," if kind == "csv" else "\t", strict=True)
     else:
         rows = map(json.loads, filter(str.strip, lines))
     while part := list(islice(rows, 256)):
         for row in part:
+            if not isinstance(row, dict):
+                raise UserError(f"{path}: must have one JSON object per line: jq -c .[] FILE")
+            if None in row:
+                raise UserError(f"{path}: has rows longer than its header; quote texts with commas")
             if "text" not in row:
-                raise UserError(f"{path}: has no `text`; rename one of: {', '.join(map(str, row))}")
-        yield [str(row["text"] or "").encode(errors="ignore").decode() for row in part]
+                raise UserError(f"{path}: has no field `text`; rename one of: {', '.join(row)}")
+            if not isinstance(row["text"], str | None):
+                raise UserError(f"{path}: the field `text` must be text, not {row['text']!r:.40}")
+        yield [(row["text"] or "").encode(errors="replace").decode() for row in part]
 
 # The One Billion Word benchmark (Chelba et al. 2014): one tokenised news sentence per line.
 
@@ -238,8 +240,8 @@ def read_lm1b(path):
 
 def owt(data_dir):
     """The Source of OpenWebText: the Hugging Face hub, or a folder of files."""
-    files = files_of(Path(data_dir)) if data_dir else None
-    text = identity(files) if files else OWT_REPOSITORY
+    files = files_of(Path(data_dir)) if data_dir else []
+    text = " ".join(f"{path.name} {path.stat().st_size}" for path in files) or OWT_REPOSITORY
     return Source("owt", text, lambda: hold_out_last(files or download_owt()))
 
 def download_owt():
@@ -473,7 +475,7 @@ def prepare(dataset, tokenizer, seq_len, packing, vocab_size=0, data_dir="", cac
             if not folder.exists():
                 write_corpus(folder, source, settings)
     except OSError as error:  # errors of reading are UserErrors
-        raise UserError(f"{folder}: cannot be written ({error!s:.200}); make room") from None
+        raise UserError(f"{folder}: cannot be written; mend this: {error!s:.200}") from None
     with readable(folder, "delete the folder"):
         meta = json.loads((folder / "meta.json").read_text())
         codec = Tokenizer(meta["tokenizer_content"])
@@ -485,7 +487,7 @@ def prepare(dataset, tokenizer, seq_len, packing, vocab_size=0, data_dir="", cac
     corpus = Corpus(codec, splits, meta, seq_len, packing)
     usable = [split for split in splits if corpus.rows(split)]
     if not usable:
-        raise UserError(f"{dataset}: shorter than a row of --seq-len {seq_len}; use a smaller one"
+        raise UserError(f"{dataset}: shorter than a row; use a --seq-len smaller than {seq_len}"
                         if packing else f"{dataset}: all documents have --seq-len {seq_len} or "
                         "more tokens; use a larger one or --packing")
     for split in ("train", "heldout"):  # a tiny corpus has one split, used for both
@@ -531,7 +533,7 @@ def write_tokens(folder, source, tokenizer, seq_len):
                 tokens[split] += len(flat)
             bar.update(len(texts))
     if not sum(tokens.values()) + skipped:
-        raise UserError(f"{source.name}: the text is empty; pass one document per line")
+        raise UserError(f"{source.name}: the text is empty; pass another one")
     return dict(tokens=tokens, skipped=skipped)
 
 def token_type(tokenizer):

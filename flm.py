@@ -31,6 +31,7 @@ import time
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 import torch.distributed as dist
@@ -525,7 +526,6 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 def world():
-    """How many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 def setup(config):
@@ -553,7 +553,7 @@ def save_checkpoint(path, content):
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         part.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error!s:.200}); then use --resume") from None
+        raise UserError(f"{path}: mend this, then use --resume: {error!s:.200}") from None
 
 def load_checkpoint(path):
     """The content of a checkpoint: plain values and tensors; no code in it is executed."""
@@ -579,10 +579,9 @@ def build(config, tokenizer, device, bf16=None, network=Transformer):
 def load(path, device="cpu", bf16=None, networks=NETWORKS):
     """The model of a file, with its averaged weights. networks: by kind. Raises UserError."""
     content = load_checkpoint(Path(path))
-    settings = {name: content["config"][name] for name in Config().saved()}
+    config = Config(**{name: content["config"][name] for name in Config().saved()})
     tokenizer = data.Tokenizer(content["tokenizer"])
-    network = networks[content["kind"]]
-    model = build(Config(**settings), tokenizer, torch.device(device), bf16, network)
+    model = build(config, tokenizer, torch.device(device), bf16, networks[content["kind"]])
     model.load_state_dict(content["average"])
     return model.eval().requires_grad_(False)
 
@@ -683,7 +682,7 @@ def resume(path, model, average, optimizers, corpus):
     content = load_checkpoint(path)
     text = corpus.meta["source"], corpus.tokenizer.content
     if (content["source"], content["tokenizer"]) != text:
-        raise UserError(f"{path}: has another text; pass its text as --dataset, or use --overwrite")
+        raise UserError(f"{path}: of another text; pass that text as --dataset, or --overwrite")
     try:
         model.load_state_dict(content["model"])
         average.load_state_dict(content["average"])
@@ -747,12 +746,13 @@ def open_run(config, path):
     device = setup(config)
     check(config)
     if os.path.exists(path) and not (config.resume or config.overwrite):
-        raise UserError(f"{path}: exists; use --resume or --overwrite")
+        raise UserError(f"{path}: exists; use --resume, --overwrite or another --run-dir")
     corpus = data.prepare(config.dataset, config.tokenizer, config.seq_len, config.packing,
                           config.vocab_size, config.data_dir)
     report(f"{config.dataset}: {corpus.describe()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise UserError(f"--run-dir {path.parent}: {error.strerror}; use another one") from None
     return device, corpus
@@ -781,7 +781,7 @@ def main(argv):
     given = parse(argv, Config, __doc__)
     dataset = given.get("dataset", Config.dataset)
     config = Config(**(PRESETS.get(dataset, PRESETS["a text file"]) | given))
-    folder = Path(config.run_dir or Path("runs", Path(dataset).name.split(".")[0]))
+    folder = Path(config.run_dir or Path("runs", Path(dataset).stem or "text"))
     path = folder / "flm.pt"
     if config.sample:
         return write_samples(config, path, sample)

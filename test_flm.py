@@ -674,7 +674,7 @@ def test_invalid_inputs_are_one_line_and_change_nothing(folder):
         (flm, "--dataset nowhere.txt", "nowhere.txt: not found"),
         (flm, f"{TINY} --dataset empty.txt --run-dir q", "the text is empty"),
         (flm, f"{TINY} --dataset latin.txt --run-dir q", "convert it to UTF-8"),
-        (flm, f"{TINY} --run-dir r", "exists; use --resume or --overwrite"),
+        (flm, f"{TINY} --run-dir r", "exists; use --resume, --overwrite"),
         (flm, "--run-dir r --resume --width 32", "other network or optimizer; omit its flags"),
         (flm, "--run-dir damaged --resume", "damaged/flm.pt: no checkpoint of this version"),
         (flm, "--lr nan", "--lr: must be from 0 to 1"),

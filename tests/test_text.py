@@ -83,26 +83,42 @@ def test_parquet_and_folders(folder):
     ("a.jsonl", as_json("body")), ("a.csv", as_csv(",", "body")), ("a.tsv", as_csv("\t", "body"))])
 def test_another_field_is_named(folder, name, content):
     Path(name).write_text(content)
-    assert "no `text`; rename one of: id, body" in message_of(name)
+    assert "no field `text`; rename one of: id, body" in message_of(name)
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.jsonl", '{"text": "a"}\n{"text": {"b": "c"}}', "must be text, not {'b': 'c'}"),
+    ("a.json", '[{"text": "a"}]', "one JSON object per line"),
+    ("a.json", '[\n{"text": "a"}\n]', "cannot be read"),
+    ("a.csv", "text\nHello, world", "rows longer than its header; quote"),
+    ("a.csv", "id,text\n1,\"open\n2,b\n", "cannot be read (unexpected end of data)"),
+    ("a.tsv", 'id\ttext\n1\t"Hi", he\n2\tb', "cannot be read")])
+def test_a_table_that_is_none_is_one_line(folder, name, content, message):
+    Path(name).write_text(content)
+    assert message in message_of(name)
+
+def test_values_of_a_table(folder):
+    """Null is no document; half a surrogate pair becomes a question mark; suffixes in any case."""
+    Path("a.JSONL").write_text('{"text": "a\\ud83db"}\n{"text": null}\n\n{"text": ""}')
+    assert [texts for _, texts in data.find_source("a.JSONL").read()] == [["a?b"]]
 
 @pytest.mark.parametrize("content, position", [
     (b"abc\n" * 10**6 + b"d\0e", 4_000_001), ("é\n".encode() + b"\xff\xfe", 3), (b"\0", 0),
     (b"\x89PNG\r\n\x1a\n", 0)])
 def test_binary_files_are_refused_at_a_byte(folder, content, position):
     Path("a.txt").write_bytes(content)
-    assert f"is not text at byte {position};" in message_of("a.txt")
+    assert f"is not UTF-8 text at byte {position};" in message_of("a.txt")
 
 def test_archives_are_refused_with_the_command_that_unpacks_them(folder):
     Path("a.txt").write_text("text\n" * 99)
     with zipfile.ZipFile("b.txt", "w") as file:
         file.write("a.txt")
-    assert message_of("b.txt").endswith("unpack it with unzip")
+    assert message_of("b.txt").endswith("unpack it: unzip b.txt")
     for mode in ("w", "w:gz"):
         with tarfile.open("b.txt", mode) as file:
             file.add("a.txt")
-        assert message_of("b.txt").endswith("unpack it with tar -xf")
+        assert message_of("b.txt").endswith("unpack it: tar -xf b.txt")
     Path("b.txt").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(range(99)))
-    assert message_of("b.txt").endswith("unpack it with zstd -d")
+    assert message_of("b.txt").endswith("unpack it: zstd -d --rm b.txt")
 
 def test_lines_end_at_lf_cr_lf_or_cr_and_a_printed_text_is_one_line(folder):
     lines = ["a\x0bb", "c\x0cd", "e\x85f", "g\u2028h", "i\x1b[31mj", "k\u202el", "m\u00e9\u732b"]
