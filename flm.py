@@ -342,7 +342,7 @@ class Transformer(nn.Module):
         cond = F.silu(cond)
         x = state
         if self.config.state_norm:
-            x = F.layer_norm(x, x.shape[-1:])
+            x = F.layer_norm(x, x.shape[-1:])  # x0 W is about sqrt(V) times as large as x1 W
         if self.position is not None:
             x = x + self.position[:L]
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):

@@ -192,8 +192,8 @@ class Text:
         """The bigrams of the items of texts, in order."""
         return [pair for items in self.items(texts) for pair in pairwise(items)]
 
-    def measure(self, judge, rows, count):
-        """The measures of samples (n, L) by name, with `count` bigrams."""
+    def measure(self, judge, rows, count=None):
+        """The measures of samples (n, L) by name, with `count` bigrams (None: all)."""
         texts, n, train = self.texts(rows), len(rows), set(self.train)
         others = self.heldout[n:] or self.heldout  # not the ones that are measured
         pairs = frequencies(self.bigrams(texts)[:count])
