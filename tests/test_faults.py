@@ -118,7 +118,7 @@ def test_a_text_that_has_moved_is_recognised(flow):
     Path("a.txt").rename("b.txt")
     for program, kind in ((distill, "fmlm"), (baselines, "mdlm"), (flm, "flm")):
         more = "--resume --max-steps 61 --lr .001 --micro-batch-size 3"
-        assert "a.txt: no such file" in attempt(program, f"{RUN} {more}")
+        assert "a.txt: not found" in attempt(program, f"{RUN} {more}")
         assert not attempt(program, f"{RUN} {more} --dataset b.txt")
         assert not attempt(program, f"{RUN} {more} --dataset b.txt --max-steps 62")
         content = flm.load_checkpoint(Path(f"r/{kind}.pt"))
