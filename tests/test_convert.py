@@ -56,7 +56,7 @@ def test_wrong_files_are_one_line(folder):
     release("a.ckpt")
     good = Path("a.ckpt").read_bytes()
     Path("damaged.ckpt").write_bytes(good[:50000] + b"?" + good[50001:])
-    cases = {"none.ckpt": "no such file", "a.txt": "File is not a zip file", "damaged.ckpt": "is damaged"}
+    cases = {"none.ckpt": "no such file", "a.txt": "not a zip file", "damaged.ckpt": "is damaged"}
     for name, message in cases.items():
         with pytest.raises(UserError) as error:
             run(convert, f"{name} --seq-len 5 --run-dir new")
