@@ -141,7 +141,7 @@ def read_blocks(file, path):
             bad = error.start
         if bad >= 0:
             commands = [ARCHIVES[magic] for magic in ARCHIVES if magic in block[:262]]
-            fix = f"unpack it: {commands[0]}" if commands else "convert it: iconv -t UTF-8"
+            fix = f"unpack it: {commands[0]}" if commands else "convert it to UTF-8: iconv -f NAME"
             raise UserError(f"{path}: is not UTF-8 text at byte {position + bad}; {fix} {path}")
         position += len(block)
         yield text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")

@@ -7,7 +7,7 @@ import pytest
 from test_flm import HERE
 
 NOTEBOOKS = sorted((HERE / "notebooks").glob("*.ipynb"))
-assert len(NOTEBOOKS) == 3
+assert len(NOTEBOOKS) == 4
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_in_an_empty_folder(path, tmp_path, monkeypatch):
