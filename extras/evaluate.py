@@ -435,7 +435,7 @@ def plot(rows, path):
                 axes.errorbar([row[x] for row in points], [row[y] for row in points],
                               [row.get(f"{y}_sd", 0) for row in points], fmt=style, capsize=2,
                               label=label)
-    left.plot(heldout["diversity"], heldout["perplexity"], "k*", ms=12, label="held-out text")
+    left.plot(heldout["diversity"], heldout["perplexity"], "k*", label="held-out text")
     right.axhline(heldout["variation"], color="black", lw=0.8)
     left.set(yscale="log", xlabel="diversity: entropy of pooled bigrams (nats)",
              ylabel="perplexity of the samples", title="a point per temperature (map: per steps)")
