@@ -99,8 +99,6 @@ def flow_loss(model, tokens):
     tokens (B, L) -> cross-entropy in nats per token (B,), and the times tau (B,), for the log.
     """
     tau = uniform_times(len(tokens), tokens.device)
-    if model.training:  # 5 % at 0, where sampling starts: t(tau) is so steep that none is near
-        tau = (1.05 * tau - 0.05).clamp(min=0)
     t = model.clock.t(tau)[:, None, None]  # (B, 1, 1)
     x0 = model.noise(len(tokens))  # x0 W, (B, L, D)
     x1 = model.clean(tokens)  # x1 W

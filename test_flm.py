@@ -268,9 +268,8 @@ def test_times_are_uniform_and_one_in_each_interval():
 
 def test_the_loss_of_the_exact_denoiser_is_the_conditional_entropy():
     """flow_loss with the oracle in place of the network, V = 5 <= D: its mean over 40,000 rows
-    equals E[-log D_t(x_t)[x1]] from independent draws, within 4 standard errors of both. In
-    training, 1 row in 21 is at tau = 0."""
-    n, model = 40_000, Source(*TOKENS).eval()
+    equals E[-log D_t(x_t)[x1]] from independent draws, within 4 standard errors of both."""
+    n, model = 40_000, Source(*TOKENS)
     tokens = P.multinomial(n, replacement=True)[:, None]
     ours, _ = flm.flow_loss(model, tokens)
     t = model.clock.t(torch.rand(n))[:, None]
@@ -280,8 +279,6 @@ def test_the_loss_of_the_exact_denoiser_is_the_conditional_entropy():
     theirs = -log_posterior.log_softmax(-1).gather(1, tokens)
     error = ((ours.var() + theirs.var()) / n).sqrt()
     assert abs(ours.mean() - theirs.mean()) < 4 * error
-    _, tau = flm.flow_loss(model.train(), tokens)
-    assert abs((tau == 0).sum() - n / 21) <= 1
 
 # ------------------------------------------------------------------------------------- network
 def test_logits_scores_and_states_are_capped_or_normalised():

@@ -10,7 +10,7 @@ over temperatures, and perplexities are compared where two curves have the same 
 
 perplexity  of the samples, up to their first end token: per word under 4-grams of the training
             text (with a character tokenizer, 5-grams of characters), or per token under --judge
-diversity   entropy of the pooled bigrams of words (or characters) of all samples in nats
+diversity   entropy of the pooled bigrams of tokens of all samples in nats
 variation   total variation distance between these bigrams and those of other held-out texts.
             Both depend on the number of bigrams, so all rows use the smallest one
 length      tokens per sample, including its end token
@@ -154,6 +154,10 @@ def total_variation(p, q):
     items = p.keys() | q.keys()
     return sum(abs(p[item] - q[item]) for item in items) / 2
 
+def bigrams(texts):
+    """The bigrams of texts, in order."""
+    return [pair for text in texts for pair in pairwise(text)]
+
 class Text:
     """The text of a corpus, and measures of samples relative to it.
 
@@ -188,19 +192,15 @@ class Text:
         start = self.corpus.frame
         return judge([until_end(ids, self.end, start) for ids in rows.tolist()])
 
-    def bigrams(self, texts):
-        """The bigrams of the items of texts, in order."""
-        return [pair for items in self.items(texts) for pair in pairwise(items)]
-
     def measure(self, judge, rows, count=None):
         """The measures of samples (n, L) by name, with `count` bigrams (None: all)."""
         texts, n, train = self.texts(rows), len(rows), set(self.train)
         others = self.heldout[n:] or self.heldout  # not the ones that are measured
-        pairs = frequencies(self.bigrams(texts)[:count])
+        pairs = frequencies(bigrams(texts)[:count])
         return dict(
             perplexity=self.perplexity(judge, rows),
             diversity=entropy(pairs),
-            variation=total_variation(pairs, frequencies(self.bigrams(others))),
+            variation=total_variation(pairs, frequencies(bigrams(others))),
             length=mean(map(len, texts)),
             distinct=len(set(texts)) / n,
             training=mean(text in train for text in texts),
@@ -320,7 +320,7 @@ def sample_all(models, text, args):
 
 def measure_all(runs, judges):
     """The table of each run (text, samples, reverse), with as many bigrams in every row."""
-    count = min(len(text.bigrams(text.texts(rows)))
+    count = min(len(bigrams(text.texts(rows)))
                 for text, samples, _ in runs for rows in samples.values())
     tables = []
     for (text, samples, reverse), judge in zip(runs, judges):
