@@ -624,7 +624,7 @@ def train(model, loss, corpus, config, path, sample):
     start = time.monotonic() - (log[-1]["seconds"] if log else 0)
     saved_at = time.monotonic()
     bar = tqdm(range(first, config.max_steps), initial=first, total=config.max_steps,
-               disable=rank() > 0, mininterval=1)
+               disable=rank() > 0 or None, mininterval=1)  # None: if stderr is no terminal
     for step in bar:
         lr = get_lr(step, config)
         for group in groups:
@@ -666,13 +666,14 @@ def train(model, loss, corpus, config, path, sample):
                 heldout, by_tau = estimate_loss(average, loss, corpus)
                 texts = to_lines(average, sample(average, 4, config.sample_steps, config.seed))
                 log[-1] |= dict(heldout=heldout, by_tau=by_tau, samples=texts)
-                report(f"step {done}: held-out loss {heldout:.4f}", *texts)
             save_checkpoint(path, dict(
                 kind=path.stem, step=done, log=log, config=config.saved(),
                 source=corpus.meta["source"], tokenizer=model.tokenizer.content,
                 model=model.state_dict(), average=average.state_dict(),
                 optimizers=[optimizer.state_dict() for optimizer in optimizers]))
             saved_at = time.monotonic()
+            if evaluate:
+                report(f"step {done}: held-out loss {heldout:.4f}", *texts)
     return average
 
 def resume(path, model, average, optimizers, corpus):
