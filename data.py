@@ -40,7 +40,7 @@ FRAMED = ("gpt2", "bert-base-uncased")  # their packed rows are [begin] + L-2 to
 TOKENIZERS = ("chars", "bpe", *FRAMED)
 HELD_OUT = 20  # one document in 20 is held out if a corpus has no split of its own
 SEPARATOR = "<|endoftext|>"  # between documents of several lines
-PIECE = 2**14  # characters that a tokenizer reads at once: it is slow for words of any length
+PIECE = 2**14  # characters that a tokenizer reads at once, as bpe training is slow for long words
 BPE_CHARACTERS = 2**23  # a bpe vocabulary is trained on at most this much text
 LM1B_URL = ("http://www.statmt.org/lm-benchmark/"
             "1-billion-word-language-modeling-benchmark-r13output.tar.gz")

@@ -597,6 +597,7 @@ def test_two_processes_compute_the_gradient_of_one(folder):
 def test_a_batch_that_two_processes_cannot_share_is_refused(folder):
     done = command("flm.py", f"{TINY} --batch-size 7 --run-dir r", processes=2)
     assert "flm.py: --batch-size 7: not a multiple of 2 processes" in done.stderr.splitlines()
+    assert done.returncode and not Path("r").exists()
 
 def test_a_corpus_of_one_line_needs_one_step(folder, capsys):
     Path("a.txt").write_text("the flow\n")

@@ -296,7 +296,7 @@ def load_run(folder, device):
         same_text = sources[kind] in ("", corpus.meta["source"])
         shape = model.config.seq_len, model.config.packing
         if not same_text or shape != (corpus.seq_len, corpus.packing):
-            raise UserError(f"{folder}/{kind}.pt: of another text or row; train it again")
+            raise UserError(f"{folder}/{kind}.pt: of another text or --seq-len; train it again")
     return models, Text(corpus)
 
 def sample_all(models, text, args):

@@ -139,7 +139,7 @@ def test_curves_are_interpolated_and_never_extrapolated():
     points = {1: 0.8, 4: 0.2, 16: None}
     assert [evaluate.steps_of(points, x) for x in (0.9, 0.4, 0.1, None)] == ["< 1", "2", "> 4", ""]
 
-def test_a_judge_of_transformers_gives_the_perplexity_of_its_loss(run_folder, monkeypatch, capsys):
+def test_a_judge_of_transformers_gives_the_perplexity_of_its_loss(run_folder, capsys):
     """Two layers with random weights, on texts of 2 to 39 tokens, of which it reads 16."""
     transformers = pytest.importorskip("transformers")
     words = tokenizers.models.WordLevel(dict(zip("?ab ", range(4))), "?")
@@ -157,7 +157,7 @@ def test_a_judge_of_transformers_gives_the_perplexity_of_its_loss(run_folder, mo
         ids = torch.tensor([codec.encode(line).ids[:16]])
         nats += [model(ids, labels=ids).loss.item()] * (ids.shape[1] - 1)
     judge = evaluate.model_judge("judge", text, CPU)
-    found = judge([ids for ids in text.tokenizer.encode(lines)])
+    found = judge(text.tokenizer.encode(lines))
     assert found == pytest.approx(math.exp(sum(nats) / len(nats)), rel=1e-4)
     assert "23 of 38 texts are cut to 16 tokens" in capsys.readouterr().err
     with pytest.raises(UserError, match="--judge nothing: cannot be read.*pip install"):

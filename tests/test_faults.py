@@ -138,7 +138,7 @@ def test_other_token_ids_are_refused_and_no_file_changes(flow, program):
 
 @pytest.mark.parametrize("error", ["data.UserError", "ValueError"])
 def test_a_process_that_fails_ends_all(folder, error):
-    """Rank 1 fails in its first step. Rank 0 would wait for its gradients for a day."""
+    """Rank 1 fails in its first step. Rank 0 would wait for its gradients."""
     Path("fails.py").write_text(f"""
 import data, flm
 def broken(model, tokens, flow_loss=flm.flow_loss):

@@ -23,8 +23,8 @@ from data import UserError
 STORIES = [f"Tom {i} had a cat.\n\nThe cat ran \"away\",\tto a tree.\nTom {i} cried."
            for i in range(99)]
 
-def prepare(path, tokenizer="chars", packing=True, **more):
-    return data.prepare(str(path), tokenizer, 32, packing, 300, **more)
+def prepare(path, tokenizer="chars", packing=True):
+    return data.prepare(str(path), tokenizer, 32, packing, 300)
 
 def documents(corpus):
     """The documents of a packed corpus, sorted. Both splits may be the same."""
@@ -129,7 +129,7 @@ def test_lines_end_at_lf_cr_lf_or_cr_and_a_printed_text_is_one_line(folder):
     text = "\n".join(lines)
     tokens = [corpus.tokenizer.encode([line])[0] + [0] for line in lines]
     (shown,) = flm.to_lines(model, torch.tensor([sum(tokens, [])]))
-    assert shown.isprintable() and shown.encode().decode("unicode_escape", "ignore")
+    assert shown.isprintable()
     assert shown == text.encode("unicode_escape").decode().replace("\\xe9\\u732b", "\u00e9\u732b")
 
 @pytest.mark.parametrize("tokenizer", ["chars", "bpe"])

@@ -26,10 +26,10 @@ def run_folder(tmp_path_factory):
         assert not attempt(distill, "--run-dir r --device cpu --max-steps 1")
         yield
 
-def shell(line, **env):
+def shell(line):
     """Runs a line of bash, in which FLM is python flm.py; returns status, stdout, stderr."""
     line = line.replace("FLM", f"{sys.executable} {HERE}/flm.py")
-    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONIOENCODING="", **env)
+    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONIOENCODING="")
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {line}"], env=env, capture_output=True)
     return done.returncode, done.stdout, done.stderr
 
