@@ -236,10 +236,8 @@ def read_lm1b(path):
     if found != LM1B_SPLITS.keys():
         raise UserError(f"{path}: not the lm1b tarball; delete it, or pass another --data-dir")
 
-# OpenWebText (Gokaslan and Cohen 2019): 8 million web pages as Parquet files.
-
 def owt(data_dir):
-    """The Source of OpenWebText: the Hugging Face hub, or a folder of files."""
+    """The Source of OpenWebText (Gokaslan and Cohen 2019): the Hugging Face hub, or a folder."""
     files = files_of(Path(data_dir)) if data_dir else []
     text = " ".join(f"{path.name} {path.stat().st_size}" for path in files) or OWT_REPOSITORY
     return Source("owt", text, lambda: hold_out_last(files or download_owt()))
@@ -353,6 +351,8 @@ class Tokenizer:
 
 def make_tokenizer(kind, source, vocab_size):
     """A tokenizer for a corpus; bpe has at most `vocab_size` tokens, end token included."""
+    if isinstance(kind, dict):
+        return Tokenizer(kind)
     if kind == "chars":
         characters = set(chain.from_iterable("".join(texts) for _, texts in source.read()))
         return Tokenizer({"kind": kind, "chars": "".join(sorted(characters))})
@@ -407,8 +407,7 @@ class Corpus:
     seq_len: int
     packing: bool
 
-    def describe(self):
-        """Sizes, in one line."""
+    def describe(self):  # in one line
         counts = [f"{self.rows('train'):,} training rows", f"{self.rows('heldout'):,} held out"]
         if self.splits["heldout"] is self.splits["train"]:
             counts[1] = "no row is held out: the training rows are also used for evaluation"
@@ -456,8 +455,9 @@ def shuffle(seed, epoch, n):
 def prepare(dataset, tokenizer, seq_len, packing, vocab_size=0, data_dir="", cache="data"):
     """The Corpus of these settings: tokenised, or from the token files of an earlier call.
 
-    packing: joins documents with end tokens and cuts rows of seq_len tokens. Otherwise, a row is
-    one document, padded with at least one end token; longer ones are skipped. Raises UserError.
+    tokenizer: a kind, or the content of a trained one. packing: joins documents with end tokens and
+    cuts rows of seq_len tokens. Otherwise, a row is one document, padded with at least one end
+    token; longer ones are skipped. Raises UserError.
     """
     from filelock import FileLock
     socket.setdefaulttimeout(20)  # seconds, for servers that do not answer

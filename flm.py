@@ -28,7 +28,7 @@ import os
 import re
 import sys
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -240,11 +240,9 @@ class Block(nn.Module):
         self.modulation = nn.Linear(config.cond_width, 6 * D)
 
     def attend(self, q, k, v):
-        """Attention: q, k, v (B, heads, L, D / heads) -> the same shape.
-
-        The fused kernel cannot cap the scores, as the paper's released checkpoints require. On a
-        CPU, the fused kernel is slower for short rows.
-        """
+        """Attention: q, k, v (B, heads, L, D / heads) -> the same shape. The fused kernel cannot
+        cap the scores, as the paper's released checkpoints require, and is slower on a CPU for
+        short rows."""
         if not self.cap and (q.is_cuda or q.shape[2] > 64):
             return F.scaled_dot_product_attention(q, k, v)
         scores = q @ k.mT / math.sqrt(q.shape[3])
@@ -392,6 +390,7 @@ class Config:
     ema: float = of_training(0.9999, "decay of the moving average of the weights")
     eval_every: int = of_training(5000, "steps between evaluations")
     seed: int = of_training(0, "seed of weights, data order and noise")
+    init_from: str = setting("start", "", "a flm.pt: start with its network, weights, tokenizer")
 
     run_dir: str = of_command("", "folder of the run (default: runs/DATASET)")
     device: str = of_command("auto", "device of the network", ("auto", "cpu", "cuda", "mps"))
@@ -405,8 +404,8 @@ class Config:
     temperature: float = of_command(1.0, "of the denoiser; below 1: more probable texts")
     prompt: str = of_command("", "beginning of the texts, or text with gaps: I [MASK] you.")
 
-    def saved(self):  # in checkpoints
-        names = [f.name for f in fields(self) if f.metadata["group"] != "command"]
+    def saved(self, groups=("network", "training")):  # in checkpoints
+        names = [f.name for f in fields(self) if f.metadata["group"] in groups]
         return {name: getattr(self, name) for name in names}
 
 SMALL = dict(depth=4, width=128, heads=4, cond_width=64, time_scale=100.0, dropout=0.0,
@@ -426,7 +425,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}; --help lists the flags")
 
-def parse(argv, config_type, doc, groups=("network", "training", "command")):
+def parse(argv, config_type, doc, groups=("network", "training", "start", "command")):
     """The settings that a command line gives, and no others, by name. Raises UserError."""
     parser = Parser(description=doc, allow_abbrev=False, argument_default=argparse.SUPPRESS,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -473,11 +472,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             updates = []
             for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                state["momentum"].lerp_(p.grad, 1 - group["beta"])
-                update = p.grad.lerp(state["momentum"], group["beta"])  # Nesterov
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - group["beta"])
+                update = p.grad.lerp(momentum, group["beta"])  # Nesterov
                 updates.append(update.view(group["stacked"], -1, p.shape[1]))
             updates = orthogonalise(torch.cat(updates))  # one batch is faster than many matrices
             # with this factor, the RMS of the update is 0.2, about that of AdamW
@@ -601,9 +598,8 @@ def estimate_loss(model, loss, corpus, rows=1024):
 def train(model, loss, corpus, config, path, sample):
     """Minimises loss(model, tokens) -> (loss (B,), tau (B,)); returns the averaged model.
 
-    Writes a checkpoint to path at each evaluation, and at least every ten minutes. Without
-    --resume, deletes an old one. sample(model, n, steps, seed) -> tokens (n, L) shows the progress.
-    Raises UserError.
+    Evaluates it and writes a checkpoint to path every eval_every steps, or ten minutes. Without
+    --resume, deletes an old one. sample, as above, shows the progress. Raises UserError.
     """
     device = model.embedding.device
     average = copy.deepcopy(model).eval().requires_grad_(False)
@@ -652,8 +648,8 @@ def train(model, loss, corpus, config, path, sample):
         torch._foreach_lerp_(averages, [w.detach() for w in weights], 1 - ema)
 
         done = step + 1
-        evaluate = done % config.eval_every == 0 or done == config.max_steps
-        save = evaluate or time.monotonic() - saved_at > 600
+        late = time.monotonic() - saved_at > 600
+        save = late or done % config.eval_every == 0 or done == config.max_steps
         if rank() == 0 and (done % 20 == 0 or save):
             entry = dict(step=done, loss=mean.item(), lr=lr, seconds=time.monotonic() - start)
             if not math.isfinite(entry["loss"] + norm.item()):
@@ -662,35 +658,31 @@ def train(model, loss, corpus, config, path, sample):
             log.append(entry)
             bar.set_postfix_str(f"loss {entry['loss']:.3f}")
         if rank() == 0 and save:
-            if evaluate:
-                heldout, by_tau = estimate_loss(average, loss, corpus)
-                texts = to_lines(average, sample(average, 4, config.sample_steps, config.seed))
-                log[-1] |= dict(heldout=heldout, by_tau=by_tau, samples=texts)
+            heldout, by_tau = estimate_loss(average, loss, corpus)
+            texts = to_lines(average, sample(average, 4, config.sample_steps, config.seed))
+            log[-1] |= dict(heldout=heldout, by_tau=by_tau, samples=texts)
             save_checkpoint(path, dict(
                 kind=path.stem, step=done, log=log, config=config.saved(),
                 source=corpus.meta["source"], tokenizer=model.tokenizer.content,
                 model=model.state_dict(), average=average.state_dict(),
                 optimizers=[optimizer.state_dict() for optimizer in optimizers]))
             saved_at = time.monotonic()
-            if evaluate:
-                report(f"step {done}: held-out loss {heldout:.4f}", *texts)
+            report(f"step {done}: held-out loss {heldout:.4f}", *texts)
     return average
 
 def resume(path, model, average, optimizers, corpus):
     """Loads an interrupted run; returns its step and log. Raises UserError."""
     content = load_checkpoint(path)
-    text = corpus.meta["source"], corpus.tokenizer.content
-    if (content["source"], content["tokenizer"]) != text:
+    if content["source"] != corpus.meta["source"]:
         raise UserError(f"{path}: of another text; pass that text as --dataset, or --overwrite")
     try:
         model.load_state_dict(content["model"])
         average.load_state_dict(content["average"])
         for optimizer, state in zip(optimizers, content["optimizers"], strict=True):
-            for saved, present in zip(state["param_groups"], optimizer.param_groups, strict=True):
-                saved |= {k: present[k] for k in saved if k != "params"}  # flags replace beta2
             optimizer.load_state_dict(state)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"--resume: other network or optimizer; omit its flags ({error})") from None
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UserError("--resume: other network or optimizer; omit its flags, or use --init-from "
+                        f"instead ({error})") from None
     return content["step"], content["log"]
 
 def report(title, *lines, final=False):
@@ -784,10 +776,19 @@ def main(argv):
     path = folder / "flm.pt"
     if config.sample:
         return write_samples(config, path, sample)
+    start = None
     if config.resume and os.path.exists(path):  # the saved settings; the command line replaces them
         config = Config(**(load_checkpoint(path)["config"] | given))
+    elif config.init_from:
+        start = load_checkpoint(config.init_from)
+        network = {name: start["config"][name] for name in config.saved(["network"])}
+        if start["kind"] != "flm" or given.keys() & network.keys():
+            raise UserError("--init-from: needs a flm.pt and no flags of the network; omit them")
+        config = replace(config, **network | dict(tokenizer=start["tokenizer"]))
     device, corpus = open_run(config, path)
     model = build(config, corpus.tokenizer, device, config.bf16)
+    if start:
+        model.load_state_dict(start["average"])
     if rank() == 0 and not config.resume:
         (folder / "fmlm.pt").unlink(missing_ok=True)  # the map of the flow that is replaced
     model = train(model, flow_loss, corpus, config, path, sample)
