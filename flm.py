@@ -16,6 +16,7 @@ places where it differs from a GPT:
       have, at each t, the distribution of x_t (flow matching, Lipman et al. 2023).
     - Training and sampling are uniform in tau(t) instead of t. tau is the share of positions whose
       argmax x_t is right, rescaled so that chance is 0.
+Derivations, on a small example: notebooks/00_from_scratch.ipynb.
 The network reads only x_t W, with its embedding W (V, D). All other uses of x_t are linear, and all
 of the above holds for x_t W as well. So the code stores x_t W, the `state`.
 B: rows of a batch. L: tokens of a row. V: size of the vocabulary. D: width of the network.
@@ -46,10 +47,8 @@ from data import UserError
 def decodability(t, V):
     """tau(t) = (V P - 1)/(V - 1), where P is the probability that argmax x_t is the clean token.
 
-    P is 1/V at t = 0, a random guess, and 1 at t = 1. So tau runs from 0 to 1. The clean coordinate
-    of x_t / (1-t) is z + m, with z ~ N(0, 1) and m = t/(1-t). Each of the V-1 others is below it
-    with probability Phi(z + m), Phi being the normal distribution function. So P is the mean over z
-    of Phi(z + m)^(V-1). t: float64, any shape, in [0, 1).
+    P = E[Phi(z + m)^(V-1)] with z ~ N(0, 1), m = t/(1-t) and the normal distribution function Phi:
+    see "The clock" in notebooks/00_from_scratch.ipynb. t: float64, any shape, in [0, 1).
     """
     z = torch.linspace(-12, 12, 401, dtype=torch.float64)  # on this grid, P is exact to 1e-14
     m = t / (1 - t)
@@ -113,10 +112,8 @@ def uniform_times(B, device):
     return (interval + torch.rand(B, device=device)) / B
 
 def draw_known(model, tokens):
-    """Training for prompts: known token ids (B, L), -1 where unknown.
-
-    With probability condition_prob, a random share of the tokens of a row is known.
-    """
+    """Training for prompts: known token ids (B, L), -1 where unknown. With probability
+    condition_prob, a random share of the tokens of a row is known."""
     B, L = tokens.shape
     prob = model.config.condition_prob if model.training else 0
     chosen = torch.rand(B, 1, device=tokens.device) < prob
@@ -302,11 +299,9 @@ class Transformer(nn.Module):
             block.modulation.bias.data.view(6, D)[2::3] = 1
 
     def noise(self, B, generator=None):
-        """[FLM] B states of noise, x0 W with x0 ~ N(0, I), (B, L, D).
-
-        If V > D, x0 is not drawn, to save time: at each position, x0 W is normal with covariance
-        W^T W, and so is z C^T with z ~ N(0, I) in R^D and C C^T = W^T W.
-        """
+        """[FLM] B states of noise, x0 W with x0 ~ N(0, I), (B, L, D). If V > D, x0 is not drawn,
+        to save time: at each position, x0 W is normal with covariance W^T W, and so is z C^T with
+        z ~ N(0, I) in R^D and C C^T = W^T W."""
         W = self.embedding
         V, D = W.shape
         device = generator.device if generator else W.device
@@ -328,9 +323,7 @@ class Transformer(nn.Module):
 
     def forward(self, state, tau_s, tau_t=None):
         """Logits (B, L, V), float32, of the clean tokens, given states (B, L, D) at tau_s (B,).
-
-        With tau_t (B,), for a flow map: the logits of delta_{s,t}, see distill.py.
-        """
+        With tau_t (B,), for a flow map: the logits of delta_{s,t}, see distill.py."""
         L = state.shape[1]
         cond = self.time_s(tau_s)
         if tau_t is not None:
@@ -458,11 +451,9 @@ def check(config):
 
 # -------------------------------------------------------------------------------- 6. Optimizer
 class Muon(torch.optim.Optimizer):
-    """Momentum with an orthogonalised update, for matrices (Jordan et al. 2024).
-
-    torch.optim.Muon with adjust_lr_fn="match_rms_adamw", without weight decay and in float32, as
-    most CPUs are slow in bfloat16. A parameter may be a stack of matrices: qkv.weight is three.
-    """
+    """Momentum with an orthogonalised update, for matrices (Jordan et al. 2024): torch.optim.Muon
+    with adjust_lr_fn="match_rms_adamw", without weight decay and in float32, as most CPUs are slow
+    in bfloat16. A parameter may be a stack of matrices: qkv.weight is three."""
 
     def __init__(self, params, lr, beta=0.95, stacked=1):
         super().__init__(params, dict(lr=lr, beta=beta, stacked=stacked))
@@ -595,6 +586,15 @@ def estimate_loss(model, loss, corpus, rows=1024):
     by_tau = [nats[(10 * tau).int() == tenth].mean().item() for tenth in range(10)]
     return nats.mean().item(), by_tau
 
+# One step of the default training: B = 32, L = 18, D = 128, V = 4096    millions of multiplications
+#   tokens (32, 18), tau (32,)   rows of the text, and their times                                 0
+#   x0 (32, 18, 128)             W^T W 67, its Cholesky factor C 1, z C^T 9                       77
+#   x1, state (32, 18, 128)      rows of W; (1-t) x0 + t x1                                        0
+#   cond (32, 64)                embedding of tau                                                  1
+#   x (32, 18, 128), 4 times     a block: qkv 28, attention 3, out 9, MLP 76, modulation 2       470
+#   logits (32, 18, 4096)        head                                                            302
+#   gradients                    twice as many as above                                        1,690
+#   updates of the matrices      Muon: five Newton-Schulz steps for each                       1,260
 def train(model, loss, corpus, config, path, sample):
     """Minimises loss(model, tokens) -> (loss (B,), tau (B,)); returns the averaged model.
 

@@ -28,10 +28,10 @@ def test_a_run_starts_with_network_weights_and_tokenizer_of_another(folder):
     assert not attempt(distill, "--run-dir b --max-steps 1 --device cpu")
     assert flm.load("b/fmlm.pt").tokenizer.content == start.tokenizer.content
 
-@pytest.mark.parametrize("flags", ["a/flm.pt --width 16", "a/flm.pt --tokenizer chars", "a/fmlm.pt"])
+@pytest.mark.parametrize("flags", ["flm.pt --width 16", "flm.pt --tokenizer bpe", "fmlm.pt"])
 def test_other_networks_are_refused(folder, flags):
     Path("a.txt").write_text(TEXT)
     assert not attempt(flm, f"{TINY} --width 8 --max-steps 1 --run-dir a")
     assert not attempt(distill, "--run-dir a --max-steps 1 --device cpu")
-    message = attempt(flm, f"--dataset a.txt --run-dir c --init-from {flags}")
+    message = attempt(flm, f"--dataset a.txt --run-dir c --init-from a/{flags}")
     assert "needs a flm.pt and no flags of the network" in message
