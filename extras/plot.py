@@ -1,115 +1,118 @@
-"""Picture of the training of all models in a run folder: loss and learning rate.
+"""Pictures of trainings.
 
     python -m extras.plot runs/sentences                 # writes runs/sentences/training.png
     python -m extras.plot runs/sentences --out loss.pdf
+    python -m extras.plot runs/x1 runs/x4 runs/x16       # writes runs/x1/scaling.png
 
-The picture has a row for each of flm.pt, fmlm.pt, mdlm.pt and ar.pt that exists: training loss and
-held-out loss against steps, the held-out loss by tenth of tau of the last evaluation, and the
-learning rate. Losses of different kinds of models are not comparable, so they have separate axes.
+One folder: for each of its models, training loss and held-out loss against steps, and the held-out
+loss by tenth of tau of the last evaluation. Losses of different kinds of models are not comparable.
+Several folders: measures of `extras.evaluate` (its quality.json) against the seconds of training.
 """
 
-import contextlib
+import json
 import os
 import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent))  # for python extras/NAME.py
 import flm
-from data import UserError
+from data import UserError, readable
 
 NAMES = "flm", "fmlm", "mdlm", "ar"
-FORMATS = ".png", ".pdf", ".svg"
 END = dict(marker=".", markevery=[-1])  # a training of one step has one point and no line
 TRAINING = dict(color="0.6", linewidth=1, label="training loss, one batch")
 HELD_OUT = dict(color="black", linestyle="--", marker="o", markersize=4,
                 label="held-out loss, averaged weights")
+CURVES = {"flm 64": "o-", "fmlm 1": "^:", "fmlm 4": "v:", "mdlm 4": "s--", "mdlm 64": "D--",
+          "ar 18": "x-."}  # model and steps
+MEASURES = "perplexity", "variation", "reverse", "copied"
 
 def read_logs(folder):
     """The log of each trained model in a run folder, by name. Raises UserError."""
     logs = {}
     for name in NAMES:
         path = folder / f"{name}.pt"
-        if path.exists():
-            logs[name] = flm.load_checkpoint(path)["log"]  # empty if it was converted
-    logs = {name: log for name, log in logs.items() if log}
+        log = flm.load_checkpoint(path)["log"] if path.exists() else []
+        if log:  # it is empty if the model was converted
+            logs[name] = log
     if not logs:
         raise UserError(f"{folder}: has no model with a training log; train one, or check the path")
     return logs
 
-def make_figure(logs):
-    """A matplotlib figure with a row of three panels for each model; logs: as of read_logs."""
-    # pyplot would load the backend that Jupyter exports to its child processes
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 0.5 + 2.8 * len(logs)), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)  # inches
-    panels = figure.subplots(len(logs), 3, squeeze=False)
-    for row, (name, log) in zip(panels, logs.items()):
+def draw_training(figure, logs):
+    """A row of two panels for each model; logs: as of read_logs."""
+    panels = figure.subplots(len(logs), 2, squeeze=False)
+    for (left, right), (name, log) in zip(panels, logs.items()):
         evaluations = [entry for entry in log if "heldout" in entry]
-        draw_losses(row[0], name, log, evaluations)
-        draw_by_tau(row[1], name, evaluations)
-        draw_lr(row[2], name, log)
-    lines = panels[0, 0].get_lines()
-    figure.legend(handles=lines, loc="outside upper center", ncols=2, frameon=False)
-    return figure
-
-def draw_losses(axes, name, log, evaluations):
-    axes.plot(*columns(log, "loss"), **TRAINING, **END)
-    axes.plot(*columns(evaluations, "heldout"), **HELD_OUT)
-    axes.set(title=f"{name}: loss", ylabel="nats per position")
-    axes.ticklabel_format(axis="y", useOffset=False)
-    step_axis(axes)
-
-def draw_by_tau(axes, name, evaluations):
-    """Each point is the middle of a tenth of tau. A tenth without a row (NaN) has no point."""
-    axes.set(title=f"{name}: no evaluation yet", xlim=(0, 1), xlabel="tau")
-    if evaluations:
+        left.plot(*columns(log, "loss"), **TRAINING, **END)
+        left.plot(*columns(evaluations, "heldout"), **HELD_OUT)
+        left.set(title=f"{name}: loss", ylabel="nats per position", xlabel="step", xlim=(0, None))
         last = evaluations[-1]
-        middles = [0.05 + 0.1 * tenth for tenth in range(10)]
-        axes.plot(middles, last["by_tau"], color="black", linestyle=":", marker="s", markersize=4)
-        axes.set(title=f"{name}: held-out loss, step {last['step']:,}", ylabel="nats per position")
-    axes.ticklabel_format(axis="y", useOffset=False)
-
-def draw_lr(axes, name, log):
-    axes.plot(*columns(log, "lr"), color="black", **END)
-    axes.set(title=f"{name}: learning rate", ylim=(0, None))
-    axes.ticklabel_format(axis="y", style="plain", useOffset=False)
-    step_axis(axes)
+        middles = [0.05 + 0.1 * tenth for tenth in range(10)]  # a tenth without a row is NaN
+        right.plot(middles, last["by_tau"], color="black", linestyle=":", marker="s", markersize=4)
+        right.set(title=f"{name}: held-out loss, step {last['step']:,}", xlabel="tau", xlim=(0, 1))
+    figure.legend(handles=panels[0, 0].get_lines(), loc="outside upper center", ncols=2,
+                  frameon=False)
 
 def columns(entries, key):
     """The steps of the entries, and their values of a key."""
     return [entry["step"] for entry in entries], [entry[key] for entry in entries]
 
-def step_axis(axes):
-    """Whole numbers as labels, short ones, as 200k, which do not overlap in long trainings."""
-    from matplotlib.ticker import EngFormatter
+def read_points(folder):
+    """(seconds of training, measures at temperature 1) by model and steps. Raises UserError.
 
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set(xlabel="step", xlim=(0, None))
+    The perplexity is that at the diversity of the held-out text, or of a map at its own diversity.
+    """
+    seconds = {name: log[-1]["seconds"] for name, log in read_logs(folder).items()}
+    seconds["fmlm"] = seconds["flm"] + seconds.get("fmlm", 0)  # a map needs its flow
+    with readable(folder / "quality.json", "run extras.evaluate with this folder first"):
+        tables = json.loads((folder / "quality.json").read_text())["tables"]
+    nats, (_, *samples), (text, *_), _ = tables.values()
+    points = {}
+    for row in samples:
+        if row["temperature"] == 1:
+            curve = f"{row['model']} {row['steps']}"
+            copied = nats[0]["copied"] if row["model"] == "flm" else None
+            perplexity = text.get(curve, row["perplexity"])
+            measures = row | dict(copied=copied, perplexity=perplexity)
+            points[curve] = seconds[row["model"]], measures
+    return points
 
-def save(figure, path):
-    """Replaces the picture at path, completely or not at all. Raises UserError."""
-    part = Path(f"{path}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(part, format=path.suffix[1:], dpi=120)
-        os.replace(part, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise UserError(f"--out {path}: cannot be written ({error!s:.200}); the earlier "
-                        "picture is intact; free disk space, or use another path") from None
+def draw_scaling(figure, folders):
+    """A panel for each measure, a curve for each model and its steps, a point for each folder."""
+    runs = [read_points(folder) for folder in folders]
+    for axes, measure in zip(figure.subplots(2, 2).flat, MEASURES):
+        for curve, style in CURVES.items():
+            points = [run[curve] for run in runs if curve in run]
+            points = [(x, row[measure]) for x, row in points if row[measure]]
+            if points:
+                axes.plot(*zip(*sorted(points)), style, label=curve)
+        axes.set(xlabel="seconds of training", ylabel=measure, xscale="log")
+    figure.axes[0].legend()
 
 def main(argv):
     parser = flm.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("run_dir", type=Path, help="folder with flm.pt, fmlm.pt, mdlm.pt or ar.pt")
-    parser.add_argument("--out", type=Path, help="file to write (default: RUN_DIR/training.png)")
+    parser.add_argument("run_dir", type=Path, nargs="+", help="folders of runs")
+    parser.add_argument("--out", type=Path, help="file to write (default: in the first folder)")
     args = parser.parse_args(argv)
-    path = args.out or args.run_dir / "training.png"
-    if path.suffix not in FORMATS:
-        raise UserError(f"--out {path}: must end with {' or '.join(FORMATS)}")
-    save(make_figure(read_logs(args.run_dir)), path)
+    first, *others = args.run_dir
+    path = args.out or first / ("scaling.png" if others else "training.png")
+    # pyplot would load the backend that Jupyter exports to its child processes
+    from matplotlib.figure import Figure
+    logs = read_logs(first)
+    rows = 3 if others else len(logs)
+    figure = Figure(figsize=(10, 0.5 + 2.8 * rows), layout="constrained")
+    if others:
+        draw_scaling(figure, args.run_dir)
+    else:
+        draw_training(figure, logs)
+    part = Path(f"{path}.part")  # replaces the old picture, completely or not at all
+    try:
+        figure.savefig(part, format=path.suffix[1:], dpi=120)
+        os.replace(part, path)
+    except (OSError, ValueError) as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"--out {path}: {error!s:.200}; use another path") from None
     print(f"wrote {path}")
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
-"""extras/plot.py: the picture of a training."""
+"""extras/plot.py: the pictures of trainings."""
 
+import json
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
+import distill
 import flm
 from data import UserError
 from extras import plot
@@ -16,7 +20,9 @@ def test_the_picture_shows_the_log_and_survives_a_full_disk(folder, monkeypatch)
     """A limit of 1000 bytes, less than the picture has, on the size of files is a full disk."""
     run(flm, f"{TINY} --max-steps 2 --eval-every 1 --run-dir r")
     logs = plot.read_logs(folder / "r")
-    lines = plot.make_figure(logs).axes[0].get_lines()
+    figure = Figure()
+    plot.draw_training(figure, logs)
+    lines = figure.axes[0].get_lines()
     for line, name in zip(lines, ("loss", "heldout"), strict=True):
         assert line.get_xydata().tolist() == [[e["step"], e[name]] for e in logs["flm"]]
     for backend in ("module://no_such_backend", "nonsense"):  # as if exported by Jupyter
@@ -27,8 +33,32 @@ def test_the_picture_shows_the_log_and_survives_a_full_disk(folder, monkeypatch)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(UserError, match="cannot be written"):
+        with pytest.raises(UserError, match="use another path"):
             plot.main(["r"])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert before == {path: path.read_bytes() for path in (folder / "r").iterdir()}
+
+def test_curves_over_runs(folder):
+    """A map is placed at the seconds of its flow and its own, other models at their own."""
+    names = "model", "steps", "temperature", "perplexity", "variation", "reverse"
+    samples = [dict(zip(names, row)) for row in [
+        (None, None, None, 9.0, 0.6, 20.0), ("flm", 64, 0.9, 50.0, 0.7, None),
+        ("flm", 64, 1.0, 60.0, 0.8, 90.0), ("fmlm", 1, 1.0, 80.0, 0.9, None)]]
+    tables = dict(nats=[dict(model="flm", nats=4.0, copied=0.5)], samples=samples,
+                  equal=[{"model": None, "flm 64": 55.0}], as_good=[])
+    for name, lengths in (("r", (1, 2)), ("s", (2, 4))):
+        for kind, steps in zip(("flm", "fmlm"), lengths):
+            program = distill if kind == "fmlm" else flm
+            line = f"--device cpu --run-dir {name} --max-steps {steps}"
+            run(program, line if kind == "fmlm" else f"{TINY} {line}")
+        Path(name, "quality.json").write_text(json.dumps(dict(tables=tables)))
+    points = plot.read_points(folder / "r")
+    first, second = (log[-1]["seconds"] for log in plot.read_logs(folder / "r").values())
+    seconds, flow = points["flm 64"]
+    assert seconds == first and [flow[name] for name in plot.MEASURES] == [55, 0.8, 90, 0.5]
+    seconds, fmap = points["fmlm 1"]
+    assert seconds == first + second
+    assert [fmap[name] for name in plot.MEASURES] == [80, 0.9, None, None]
+    plot.main(["r", "s"])
+    assert Image.open("r/scaling.png").convert("L").getextrema() == (0, 255)
