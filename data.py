@@ -514,7 +514,7 @@ def write_tokens(folder, source, tokenizer, seq_len):
     """Tokenises a source into folder/{train,heldout}.bin; returns counts for meta.json. Documents
     are padded to seq_len tokens and skipped if they are longer, unless it is None."""
     tokens, skipped, end = dict(train=0, heldout=0), 0, [tokenizer.end]
-    bar = tqdm(desc=f"tokenising {source.name}", unit=" documents", unit_scale=True, mininterval=1)
+    bar = tqdm(desc=f"tokenising {source.name}", unit=" documents", unit_scale=True, disable=None)
     with bar, open(folder / "train.bin", "wb") as train, open(folder / "heldout.bin", "wb") as held:
         for split, texts in read_split(source):
             parts = [(text, True) for text in texts]

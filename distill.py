@@ -5,16 +5,15 @@
     python distill.py --sample --run-dir runs/sentences --sample-steps 1 --num-samples 20
     torchrun --standalone --nproc_per_node=8 distill.py --run-dir runs/lm1b
 
-The flow map X_{s,t} maps the state at time s to the state at time t of the same solution of the
-flow's equation, dx/dr = (D_r(x) - x)/(1-r), with D_r the denoiser at time r:
+Follow the flow, dx_r/dr = (D_r(x_r) - x_r)/(1-r) with the denoiser D_r, from x at time s to time t.
+The end is the flow map,
 
-    X_{s,t}(x) = x + (t-s)/(1-s) (delta_{s,t}(x) - x)
+    X_{s,t}(x) = x + (t-s)/(1-s) (delta_{s,t}(x) - x).
 
-This is an Euler step with delta_{s,t}, the mean denoiser, in place of D_s. Equivalently,
-X/(1-t) = x/(1-s) + (t-s)/((1-s)(1-t)) delta_{s,t}. By the product rule, the equation of the flow is
-d/dr [x_r/(1-r)] = D_r(x_r)/(1-r)^2. Integrated from s to t: delta_{s,t} is the mean of D_r(x_r)
-along the solution with weights 1/(1-r)^2, so one distribution over tokens per position, too.
-delta_{t,t} = D_t, and delta_{s,1} = x_1, the text. Paper: arXiv 2602.16813, v2.
+This is an Euler step with delta_{s,t}, the mean denoiser, in place of D_s: the mean of D_r(x_r)
+along the solution with weights 1/(1-r)^2 (derived in "The flow map: one step" of
+notebooks/00_from_scratch.ipynb). So delta_{s,t} is one distribution over tokens per position, too.
+delta_{t,t} = D_t, and delta_{s,1}(x) = X_{s,1}(x) is the text. Paper: arXiv 2602.16813, v2.
 """
 
 from dataclasses import dataclass, fields
@@ -42,9 +41,9 @@ def times(model, *taus):
 def few_steps(delta, state, clock, steps, clean, draw_noise=None, renoise=0.0):
     """Samples a flow map on a uniform grid of tau. Yields (tau, state, probs) of each step.
 
-    delta(state, tau_s (B,), tau_t (B,)) -> probs. renoise > 0: the map leads beyond t_next. Scaled
-    by t_next / later, the state is t_next x1 + keep (1-t_next) x0. Then noise of size
-    renoise (1-t_next) is added, with keep^2 + renoise^2 = 1. An exact map keeps the law of x_t.
+    delta(state, tau_s (B,), tau_t (B,)) -> probs. renoise = g > 0: with k = sqrt(1-g^2) and
+    t' = t_next, the map leads to `later` > t', where (t' / later) x = t' x1 + k (1-t') x0. With
+    fresh noise of size g (1-t'), this has the distribution of x_t' again, if the map is exact.
     """
     B = len(state)
     taus = torch.linspace(0, 1, steps + 1, device=state.device)
@@ -83,8 +82,8 @@ def sample(model, n, steps, seed, temperature=1.0, known=None, renoise=0.0):
     return torch.cat(texts)
 
 # ------------------------------------------------------------------------------------- 2. Loss
-LATEST = 63 / 64  # no journey ends between this and 1, in the last of the flow's 64 Euler steps
-ENDS = 1 / 4  # share of the journeys (pairs s < t) that lead to the data, t = 1
+LATEST = 63 / 64  # a journey (a pair s < t) ends at tau_t <= LATEST or at the data, tau_t = 1
+ENDS = 1 / 4  # share of the journeys that lead to the data
 
 def semigroup(delta, model, state, tau_s, tau_t):
     """Target for delta_{s,t}, probs (B, L, V), from two parts of the journey: s to u and u to t.
@@ -93,8 +92,8 @@ def semigroup(delta, model, state, tau_s, tau_t):
     delta_{s,t}(x) = w delta_{s,u}(x) + (1-w) delta_{u,t}(X_{s,u}(x)), where w is the weight of the
     first part, (1-t)(u-s) / ((1-u)(t-s)). u is half-way in tau.
 
-    For t = 1, w = 0: delta_{s,1}(x) = delta_{u,1}(X_{s,u}(x)), which any text fulfils that is the
-    same along the solution. So u is LATEST, and the second part is one Euler step with delta_{u,u}.
+    For t = 1, w = 0: delta_{s,1}(x) = delta_{u,1}(X_{s,u}(x)) holds for any function that is
+    constant along each solution. So u is LATEST, and the second part is an Euler step, delta_{u,u}.
     """
     to_data = tau_t == 1
     tau_u = torch.where(to_data, LATEST, (tau_s + tau_t) / 2)
@@ -104,13 +103,13 @@ def semigroup(delta, model, state, tau_s, tau_t):
     second_time = torch.where(to_data, tau_u, tau_t)  # delta_{u,u} for t = 1
     probs_ut = delta(state_u, tau_u, second_time)
     w = (1 - t) * (u - s) / ((1 - u) * (t - s))  # 0 for t = 1
-    w = torch.where(t - s < 1e-6, 0.5, w)  # its limit, instead of 0/0
+    w = torch.where(t - s < 1e-6, 0.5, w)  # u is half-way: the limit of 0/0
     return w * probs_su + (1 - w) * probs_ut
 
 def draw_journeys(B, device, latest=LATEST, ends=ENDS):
     """Times tau_s, tau_t (B,): half of the journeys start at tau_s = 0, a share `ends` leads to
     tau_t = 1, and the durations of the others are uniform."""
-    uniform = flm.uniform_times(B, device)  # its top part: to the data
+    uniform = flm.uniform_times(B, device)  # values above 1 - ends: to the data
     to_data = uniform >= 1 - ends
     duration = latest * uniform / (1 - ends)
     duration = torch.where(to_data, 0, duration)  # tau_s is anything up to latest

@@ -17,8 +17,8 @@ places where it differs from a GPT:
     - Training and sampling are uniform in tau(t) instead of t. tau is the share of positions whose
       argmax x_t is right, rescaled so that chance is 0.
 Derivations, on a small example: notebooks/00_from_scratch.ipynb.
-The network reads only x_t W, with its embedding W (V, D). All other uses of x_t are linear, and all
-of the above holds for x_t W as well. So the code stores x_t W, the `state`.
+The network reads only x_t W, with its embedding W (V, D). x_t W is a line of the same kind, so the
+code stores x_t W, the `state`. Only the clock is that of x_t in R^V, as in the paper.
 B: rows of a batch. L: tokens of a row. V: size of the vocabulary. D: width of the network.
 """
 
@@ -61,7 +61,7 @@ class Clock(nn.Module):
     """[FLM] Time re-parameterisation: t as a function of tau in [0, 1].
 
     With uniform t, most steps would be spent where argmax x_t is still random or already right.
-    With uniform tau, about the same share of the positions becomes right in each step.
+    With uniform tau, argmax x_t becomes right in about the same share of positions in each step.
     """
 
     def __init__(self, V, nodes=4096):
@@ -95,7 +95,7 @@ def interpolate(x, x_nodes, y_nodes):
 def flow_loss(model, tokens):
     """[FLM] The training loss: cross-entropy of the clean tokens at a random time of each row.
 
-    tokens (B, L) -> cross-entropy in nats per token (B,), and the times tau (B,), for the log.
+    tokens (B, L) -> cross-entropy in nats per token (B,), and times tau (B,), for estimate_loss.
     """
     tau = uniform_times(len(tokens), tokens.device)
     t = model.clock.t(tau)[:, None, None]  # (B, 1, 1)
@@ -104,7 +104,7 @@ def flow_loss(model, tokens):
     state = (1 - t) * x0 + t * x1  # x_t W
     state = insert_known(model, state, draw_known(model, tokens))  # only for prompts
     logits = model(state, tau)  # (B, L, V)
-    return cross_entropy(logits, tokens).mean(1), tau  # known ones add about 0
+    return cross_entropy(logits, tokens).mean(1), tau  # known tokens add about 0
 
 def uniform_times(B, device):
     """tau (B,) ~ U(0, 1), stratified: one in each of B equal intervals, for less variance."""
@@ -135,8 +135,8 @@ def cross_entropy(logits, target):
 def euler(denoiser, state, clock, steps, clean):
     """[FLM] Euler sampler on a uniform grid of tau. Yields (tau, state, probs) of each step.
 
-    denoiser(state (B, L, D), tau (B,)) -> probs (B, L, V), E[x1 given the state]. clean(probs) =
-    probs W, the mean of x1 W. The last probs, at tau = 1 - 1/steps, determine the text.
+    denoiser: state (B, L, D), tau (B,) -> probs (B, L, V), which are E[x1 given the state].
+    clean: probs -> probs W (B, L, D). The last probs, at tau = 1 - 1/steps, determine the text.
     """
     taus = torch.linspace(0, 1, steps + 1, device=state.device)
     for tau, tau_next in zip(taus, taus[1:]):
@@ -148,7 +148,7 @@ def euler(denoiser, state, clock, steps, clean):
         state = state + (t_next - t) * velocity
 
 def denoise(model, known, temperature, state, tau_s, tau_t=None):
-    """Probs (B, L, V) at tau_s, with clean states of known tokens. Flow maps go on to tau_t."""
+    """Probs (B, L, V): D at tau_s; or delta_{s,t} of a map. Known tokens have clean states."""
     state = insert_known(model, state, known)
     logits = model(state, tau_s, tau_t)
     return (logits / temperature).softmax(-1)
@@ -179,14 +179,14 @@ def batches(model, n, known=None):
 
 def forward_rows(model):
     """Rows of a forward pass: at most 256, with at most 2^28 logits, which are 1 GiB."""
-    return max(2, min(256, 2**28 // (model.config.seq_len * model.V)))  # for distill.map_loss, 2
+    return max(2, min(256, 2**28 // (model.config.seq_len * model.V)))  # 2: map_loss halves a batch
 
 def most_probable(model, probs, known):
-    """A probable text (B, L): the best length, then the best words. probs (B, L, V), known (B, L).
+    """The text (B, L) of probs (B, L, V): the most probable length, then words. known (B, L).
 
-    Without packing, a row is one text, then end tokens (padded). Argmax would end texts early: the
-    end token may beat every single word, even if some word is likelier than an end. So the length
-    n comes first. Its score Q(n) is the product of 1-p_i for i < n, p_i for i >= n, p_i = P(end).
+    Without packing, a row is one text, then end tokens (padded). Argmax would end texts early: an
+    end may be the most probable token although P(end) < 1/2. So the length n comes first. Its
+    probability is about Q(n), the product of 1-p_i for i < n and p_i for i >= n, p_i = P(end).
     """
     text = probs.argmax(-1)
     if not model.config.packing:
@@ -194,7 +194,7 @@ def most_probable(model, probs, known):
         p = torch.where(known < 0, probs[..., end], (known == end).float())  # 0 or 1 where known
         # log Q(n) = sum of log p_i over all i - sum of log(p_i / (1-p_i)) over i < n
         log_odds = torch.logit(p, eps=1e-6)
-        sums = F.pad(log_odds.cumsum(1), (1, -1))  # sums[n]: over i < n; n < L, as a row has an end
+        sums = F.pad(log_odds.cumsum(1), (1, -1))  # sums[n]: over i < n; n < L, as each row ends
         length = sums.argmin(1, keepdim=True)
         no_end = torch.arange(model.V, device=p.device) != end
         words = (probs * no_end).argmax(-1)
@@ -237,9 +237,8 @@ class Block(nn.Module):
         self.modulation = nn.Linear(config.cond_width, 6 * D)
 
     def attend(self, q, k, v):
-        """Attention: q, k, v (B, heads, L, D / heads) -> the same shape. The fused kernel cannot
-        cap the scores, as the paper's released checkpoints require, and is slower on a CPU for
-        short rows."""
+        """Attention: q, k, v (B, heads, L, D / heads) -> the same shape. Released checkpoints cap
+        the scores, which the fused kernel cannot. On a CPU, it is slower for short rows."""
         if not self.cap and (q.is_cuda or q.shape[2] > 64):
             return F.scaled_dot_product_attention(q, k, v)
         scores = q @ k.mT / math.sqrt(q.shape[3])
@@ -273,7 +272,7 @@ class Transformer(nn.Module):
         self.config, self.V, self.bf16 = config, V, False
         self.clock = Clock(V)
         self.embedding = nn.Parameter(torch.empty(V, D).uniform_(-1, 1) / math.sqrt(D))
-        # besides rotary positions: only in padded rows, a position is a place in the text
+        # learned positions, besides the rotary ones: only padded rows start where a text starts
         self.position = None if config.packing else nn.Parameter(torch.zeros(L, D))
         self.time_s = TimeEmbedding(config.cond_width, config.time_scale)
         self.time_t = TimeEmbedding(config.cond_width, config.time_scale) if two_times else None
@@ -286,7 +285,7 @@ class Transformer(nn.Module):
         angles = torch.arange(L)[:, None] * frequencies  # rotary embedding
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
-        # each block starts as the identity, and all tokens start equally likely, as in the paper
+        # each block starts as the identity, and all tokens start equally likely
         zero = [self.modulation, self.head]
         for block in self.blocks:
             zero += [block.modulation, block.out, block.mlp[2]]
@@ -295,13 +294,13 @@ class Transformer(nn.Module):
         for layer in zero:
             for p in layer.parameters():
                 nn.init.zeros_(p)
-        for block in self.blocks:  # open gates: with the paper's, of 0, blocks learn late
+        for block in self.blocks:  # the paper has gates of 0 instead of outputs; they learn later
             block.modulation.bias.data.view(6, D)[2::3] = 1
 
     def noise(self, B, generator=None):
-        """[FLM] B states of noise, x0 W with x0 ~ N(0, I), (B, L, D). If V > D, x0 is not drawn,
-        to save time: at each position, x0 W is normal with covariance W^T W, and so is z C^T with
-        z ~ N(0, I) in R^D and C C^T = W^T W."""
+        """[FLM] B states of noise, x0 W with x0 ~ N(0, I), (B, L, D). At each position, x0 W is
+        normal with covariance W^T W, and so is z C^T with z ~ N(0, I) in R^D and C C^T = W^T W.
+        If V > D, that is drawn, as it is cheaper."""
         W = self.embedding
         V, D = W.shape
         device = generator.device if generator else W.device
@@ -322,8 +321,8 @@ class Transformer(nn.Module):
         return F.embedding(tokens_or_probs, self.embedding)
 
     def forward(self, state, tau_s, tau_t=None):
-        """Logits (B, L, V), float32, of the clean tokens, given states (B, L, D) at tau_s (B,).
-        With tau_t (B,), for a flow map: the logits of delta_{s,t}, see distill.py."""
+        """Logits (B, L, V), float32, of D, given states (B, L, D) at their time tau_s (B,).
+        With a second time tau_t (B,), for a flow map: of delta_{s,t}, see distill.py."""
         L = state.shape[1]
         cond = self.time_s(tau_s)
         if tau_t is not None:
@@ -347,13 +346,13 @@ def setting(group, default, help, choices=None):
     """A field of Config, and its flag."""
     return field(default=default, metadata=dict(group=group, help=help, choices=choices))
 
-of_network = partial(setting, "network")  # a map takes them from its flow
+of_network = partial(setting, "network")  # a map has those of its flow, but no dropout
 of_training = partial(setting, "training")
 of_command = partial(setting, "command")  # not saved in a checkpoint
 
 @dataclass
 class Config:
-    """All settings. The defaults are the paper's; PRESETS adapt them to corpora other than lm1b."""
+    """All settings. The defaults are the paper's for lm1b; PRESETS adapt them to other corpora."""
 
     tokenizer: str = of_network("bert-base-uncased", "kind of tokens", data.TOKENIZERS)
     vocab_size: int = of_network(4096, "largest size of a bpe vocabulary (V)")
@@ -363,7 +362,7 @@ class Config:
     width: int = of_network(768, "width of the network (D)")
     heads: int = of_network(12, "attention heads")
     cond_width: int = of_network(128, "width of the time embedding")
-    time_scale: float = of_network(1.0, "factor on tau; with 1, its sinusoids hardly vary")
+    time_scale: float = of_network(1.0, "factor on tau; with 1, sinusoids of tau hardly vary")
     dropout: float = of_network(0.1, "dropout rate on the residual branches")
     condition_prob: float = of_network(0.0, "share of training rows with known tokens, for prompts")
     state_norm: bool = of_network(False, "normalise the states in the network")
@@ -474,9 +473,9 @@ class Muon(torch.optim.Optimizer):
                 p.sub_(update.view(p.shape), alpha=scale * group["lr"])
 
 def orthogonalise(G):
-    """Sets all singular values of each G (n, rows, columns) to about 1, by Newton-Schulz steps.
+    """Moves all singular values of each G (n, rows, columns) towards 1, by Newton-Schulz steps.
 
-    Five times, a singular value s becomes 3.4445 s - 4.7750 s^3 + 2.0315 s^5 (Jordan et al.).
+    After division by the norm, s becomes 3.4445 s - 4.7750 s^3 + 2.0315 s^5 five times (Jordan).
     """
     tall = G.shape[1] > G.shape[2]
     X = G.mT if tall else G
@@ -517,7 +516,7 @@ def world():
 def setup(config):
     """Starts the process group under torchrun; returns the device. Raises UserError."""
     torch.set_flush_denormal(True)  # products of denormal numbers are 30 times slower
-    torch.empty(2**25 - 2**13, dtype=torch.uint8)  # glibc then keeps 64 MiB that tensors have freed
+    torch.empty(2**25 - 2**13, dtype=torch.uint8)  # when it is freed, glibc learns to keep memory
     best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     device = best if config.device == "auto" else torch.device(config.device)
     if device.type not in ("cpu", best.type):
@@ -574,7 +573,7 @@ def load(path, device="cpu", bf16=None, networks=NETWORKS):
 # --------------------------------------------------------------------------------- 8. Training
 @torch.no_grad()
 def estimate_loss(model, loss, corpus, rows=1024):
-    """Held-out loss in nats, and its mean in each tenth of tau (NaN: no row), with fixed noise."""
+    """Held-out loss in nats, and its mean by tenth of tau (NaN: no row; a map: of tau_s)."""
     results = []
     numbers = torch.arange(min(rows, corpus.rows("heldout")))
     with torch.random.fork_rng():
@@ -586,20 +585,20 @@ def estimate_loss(model, loss, corpus, rows=1024):
     by_tau = [nats[(10 * tau).int() == tenth].mean().item() for tenth in range(10)]
     return nats.mean().item(), by_tau
 
-# One step of the default training: B = 32, L = 18, D = 128, V = 4096    millions of multiplications
+# A step of the default training: B = 32, L = 18, D = 128, V = 4096  10^6 multiplications in matmuls
 #   tokens (32, 18), tau (32,)   rows of the text, and their times                                 0
 #   x0 (32, 18, 128)             W^T W 67, its Cholesky factor C 1, z C^T 9                       77
 #   x1, state (32, 18, 128)      rows of W; (1-t) x0 + t x1                                        0
 #   cond (32, 64)                embedding of tau                                                  1
-#   x (32, 18, 128), 4 times     a block: qkv 28, attention 3, out 9, MLP 76, modulation 2       470
+#   x (32, 18, 128)              4 blocks: qkv 28, attention 3, out 9, MLP 75, modulation 2      470
 #   logits (32, 18, 4096)        head                                                            302
-#   gradients                    twice as many as above                                        1,690
+#   gradients                    about twice as many as above                                  1,690
 #   updates of the matrices      Muon: five Newton-Schulz steps for each                       1,260
 def train(model, loss, corpus, config, path, sample):
     """Minimises loss(model, tokens) -> (loss (B,), tau (B,)); returns the averaged model.
 
-    Evaluates it and writes a checkpoint to path every eval_every steps, or ten minutes. Without
-    --resume, deletes an old one. sample, as above, shows the progress. Raises UserError.
+    Evaluates it and writes it to path = FOLDER/KIND.pt every eval_every steps or ten minutes, and
+    at the end. Without --resume, deletes an old file. sample: as above, for texts in the log.
     """
     device = model.embedding.device
     average = copy.deepcopy(model).eval().requires_grad_(False)
@@ -632,9 +631,9 @@ def train(model, loss, corpus, config, path, sample):
         row = step * config.batch_size + rank() * local  # may exceed the corpus: a new epoch
         for rows in torch.arange(row, row + local).split(micro):
             tokens = corpus.batch("train", rows.numpy(), config.seed).to(device)
-            nats = loss(model, tokens)[0].sum() / config.batch_size
-            nats.backward()
-            mean += nats.detach()
+            part = loss(model, tokens)[0].sum() / config.batch_size
+            part.backward()
+            mean += part.detach()
         if world() > 1:
             for x in [mean, *(w.grad for w in weights if w.requires_grad)]:
                 dist.all_reduce(x)
@@ -704,7 +703,7 @@ def parse_prompt(model, text):
     """Known tokens (L,) of a prompt, -1 where unknown. Raises UserError.
 
     A gap is [MASK] for one token, or _ for one character. In a padded row, a prompt with gaps is a
-    whole text, one without is a beginning. In a packed row, it follows the begin token, if any.
+    whole text, and one without gaps is a beginning. In a packed row, the begin token precedes it.
     """
     tokenizer, L, padded = model.tokenizer, model.config.seq_len, not model.config.packing
     text = text.encode(errors="ignore").decode()  # without bytes that are not UTF-8
