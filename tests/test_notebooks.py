@@ -11,7 +11,7 @@ assert len(NOTEBOOKS) == 4
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_in_an_empty_folder(path, tmp_path, monkeypatch):
-    """It uses the models of pretrained/, and trains those that are not there."""
+    """It trains its own models, because the folder contains no run."""
     monkeypatch.setenv("PYTHONPATH", str(HERE))
     work = tmp_path / "notebooks"
     work.mkdir()
