@@ -350,7 +350,7 @@ class Tokenizer:
         return self.codec.decode(ids)
 
 def make_tokenizer(kind, source, vocab_size):
-    """A tokenizer for a corpus; bpe has at most `vocab_size` tokens, end token included."""
+    """A tokenizer of a kind, or of a content; bpe has at most vocab_size tokens, with the end."""
     if isinstance(kind, dict):
         return Tokenizer(kind)
     if kind == "chars":
@@ -407,7 +407,7 @@ class Corpus:
     seq_len: int
     packing: bool
 
-    def describe(self):  # in one line
+    def describe(self):  # sizes, in one line
         counts = [f"{self.rows('train'):,} training rows", f"{self.rows('heldout'):,} held out"]
         if self.splits["heldout"] is self.splits["train"]:
             counts[1] = "no row is held out: the training rows are also used for evaluation"

@@ -238,7 +238,7 @@ class Block(nn.Module):
 
     def attend(self, q, k, v):
         """Attention: q, k, v (B, heads, L, D / heads) -> the same shape. Released checkpoints cap
-        the scores, which the fused kernel cannot. On a CPU, it is slower for short rows."""
+        the scores, which the fused kernel cannot. On a CPU, that is slower for short rows."""
         if not self.cap and (q.is_cuda or q.shape[2] > 64):
             return F.scaled_dot_product_attention(q, k, v)
         scores = q @ k.mT / math.sqrt(q.shape[3])
@@ -294,7 +294,7 @@ class Transformer(nn.Module):
         for layer in zero:
             for p in layer.parameters():
                 nn.init.zeros_(p)
-        for block in self.blocks:  # the paper has gates of 0 instead of outputs; they learn later
+        for block in self.blocks:  # open gates: with the paper's, of 0, blocks learn late
             block.modulation.bias.data.view(6, D)[2::3] = 1
 
     def noise(self, B, generator=None):
@@ -348,7 +348,7 @@ def setting(group, default, help, choices=None):
 
 of_network = partial(setting, "network")  # a map has those of its flow, but no dropout
 of_training = partial(setting, "training")
-of_command = partial(setting, "command")  # not saved in a checkpoint
+of_command = partial(setting, "command")  # not saved, as "start", which only flm.py has
 
 @dataclass
 class Config:
@@ -516,7 +516,7 @@ def world():
 def setup(config):
     """Starts the process group under torchrun; returns the device. Raises UserError."""
     torch.set_flush_denormal(True)  # products of denormal numbers are 30 times slower
-    torch.empty(2**25 - 2**13, dtype=torch.uint8)  # when it is freed, glibc learns to keep memory
+    torch.empty(2**25 - 2**13, dtype=torch.uint8)  # glibc then keeps 64 MiB that are freed later
     best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     device = best if config.device == "auto" else torch.device(config.device)
     if device.type not in ("cpu", best.type):
@@ -573,7 +573,7 @@ def load(path, device="cpu", bf16=None, networks=NETWORKS):
 # --------------------------------------------------------------------------------- 8. Training
 @torch.no_grad()
 def estimate_loss(model, loss, corpus, rows=1024):
-    """Held-out loss in nats, and its mean by tenth of tau (NaN: no row; a map: of tau_s)."""
+    """Held-out loss in nats, and its mean in each tenth of tau (NaN: no row), with fixed noise."""
     results = []
     numbers = torch.arange(min(rows, corpus.rows("heldout")))
     with torch.random.fork_rng():
@@ -597,8 +597,8 @@ def estimate_loss(model, loss, corpus, rows=1024):
 def train(model, loss, corpus, config, path, sample):
     """Minimises loss(model, tokens) -> (loss (B,), tau (B,)); returns the averaged model.
 
-    Evaluates it and writes it to path = FOLDER/KIND.pt every eval_every steps or ten minutes, and
-    at the end. Without --resume, deletes an old file. sample: as above, for texts in the log.
+    Evaluates the model and writes a checkpoint to path, FOLDER/KIND.pt, every eval_every steps or
+    ten minutes. Without --resume, deletes an old one. sample: as above. Raises UserError.
     """
     device = model.embedding.device
     average = copy.deepcopy(model).eval().requires_grad_(False)
@@ -645,7 +645,6 @@ def train(model, loss, corpus, config, path, sample):
             optimizer.zero_grad()
         ema = min(config.ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(averages, [w.detach() for w in weights], 1 - ema)
-
         done = step + 1
         late = time.monotonic() - saved_at > 600
         save = late or done % config.eval_every == 0 or done == config.max_steps
@@ -672,16 +671,17 @@ def train(model, loss, corpus, config, path, sample):
 def resume(path, model, average, optimizers, corpus):
     """Loads an interrupted run; returns its step and log. Raises UserError."""
     content = load_checkpoint(path)
-    if content["source"] != corpus.meta["source"]:
+    text = corpus.meta["source"], corpus.tokenizer.content
+    if (content["source"], content["tokenizer"]) != text:
         raise UserError(f"{path}: of another text; pass that text as --dataset, or --overwrite")
     try:
         model.load_state_dict(content["model"])
         average.load_state_dict(content["average"])
         for optimizer, state in zip(optimizers, content["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise UserError("--resume: other network or optimizer; omit its flags, or use --init-from "
-                        f"instead ({error})") from None
+            present = optimizer.state_dict()  # with the beta2 of the command line
+            optimizer.load_state_dict(present | dict(state=state["state"]))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"--resume: other network or optimizer; omit its flags ({error})") from None
     return content["step"], content["log"]
 
 def report(title, *lines, final=False):
@@ -783,7 +783,8 @@ def main(argv):
         network = {name: start["config"][name] for name in config.saved(["network"])}
         if start["kind"] != "flm" or given.keys() & network.keys():
             raise UserError("--init-from: needs a flm.pt and no flags of the network; omit them")
-        config = replace(config, **network | dict(tokenizer=start["tokenizer"]))
+        network["tokenizer"] = start["tokenizer"]  # its content, instead of its kind
+        config = replace(config, **network)
     device, corpus = open_run(config, path)
     model = build(config, corpus.tokenizer, device, config.bf16)
     if start:

@@ -310,7 +310,7 @@ def sample_all(models, text, args):
     samples, reverse = {held_out: text.rows[: args.num_samples]}, {}
     if args.reverse:
         reverse[held_out] = text.reverse(text.train[:FOR_REVERSE])
-    for name, k, temperature in tqdm(cells, unit="cell"):
+    for name, k, temperature in tqdm(cells, unit="cell", disable=None):
         sample = partial(SAMPLERS[name], models[name])
         samples[name, k, temperature] = sample(args.num_samples, k, args.seed, temperature)
         if args.reverse and temperature == 1 and (name == "ar" or k <= 16):

@@ -23,8 +23,8 @@ END = dict(marker=".", markevery=[-1])  # a training of one step has one point a
 TRAINING = dict(color="0.6", linewidth=1, label="training loss, one batch")
 HELD_OUT = dict(color="black", linestyle="--", marker="o", markersize=4,
                 label="held-out loss, averaged weights")
-CURVES = {"flm 64": "o-", "fmlm 1": "^:", "fmlm 4": "v:", "mdlm 4": "s--", "mdlm 64": "D--",
-          "ar 18": "x-."}  # model and steps
+CURVES = {("flm", 64): "o-", ("fmlm", 1): "^:", ("fmlm", 4): "v:", ("mdlm", 4): "s--",
+          ("mdlm", 64): "D--", ("ar", "L"): "x-."}  # (model, steps)
 MEASURES = "perplexity", "variation", "reverse", "copied"
 
 def read_logs(folder):
@@ -71,11 +71,11 @@ def read_points(folder):
     points = {}
     for row in samples:
         if row["temperature"] == 1:
-            curve = f"{row['model']} {row['steps']}"
-            copied = nats[0]["copied"] if row["model"] == "flm" else None
-            perplexity = text.get(curve, row["perplexity"])
+            name, steps = row["model"], row["steps"]
+            copied = nats[0]["copied"] if name == "flm" else None
+            perplexity = text.get(f"{name} {steps}", row["perplexity"])
             measures = row | dict(copied=copied, perplexity=perplexity)
-            points[curve] = seconds[row["model"]], measures
+            points[name, "L" if name == "ar" else steps] = seconds[name], measures
     return points
 
 def draw_scaling(figure, folders):
@@ -86,7 +86,7 @@ def draw_scaling(figure, folders):
             points = [run[curve] for run in runs if curve in run]
             points = [(x, row[measure]) for x, row in points if row[measure]]
             if points:
-                axes.plot(*zip(*sorted(points)), style, label=curve)
+                axes.plot(*zip(*sorted(points)), style, label="{}, {} steps".format(*curve))
         axes.set(xlabel="seconds of training", ylabel=measure, xscale="log")
     figure.axes[0].legend()
 

@@ -55,9 +55,9 @@ def test_curves_over_runs(folder):
         Path(name, "quality.json").write_text(json.dumps(dict(tables=tables)))
     points = plot.read_points(folder / "r")
     first, second = (log[-1]["seconds"] for log in plot.read_logs(folder / "r").values())
-    seconds, flow = points["flm 64"]
+    seconds, flow = points["flm", 64]
     assert seconds == first and [flow[name] for name in plot.MEASURES] == [55, 0.8, 90, 0.5]
-    seconds, fmap = points["fmlm 1"]
+    seconds, fmap = points["fmlm", 1]
     assert seconds == first + second
     assert [fmap[name] for name in plot.MEASURES] == [80, 0.9, None, None]
     plot.main(["r", "s"])
