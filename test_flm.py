@@ -32,6 +32,7 @@ TINY = ("--depth 2 --width 16 --heads 2 --batch-size 8 --warmup 0 --device cpu -
 TEXT = "".join(f"{word} {i}\n" for i in range(100) for word in ("ab", "ba", "abba"))
 P = torch.tensor([0.4, 0.25, 0.2, 0.1, 0.05])
 TOKENS = torch.arange(5)[:, None], P  # texts of one token, and their probabilities
+as_it_is = torch.nn.Identity()  # `clean` of states x_t in R^V
 PHRASES = torch.tensor([[0, 1], [2, 3]]), torch.tensor([0.5, 0.5])  # "new york", "san diego"
 
 @pytest.fixture(autouse=True)
@@ -59,10 +60,6 @@ def last(sampler_steps):
     *_, (_, _, probs) = sampler_steps
     return probs
 
-def as_it_is(x):
-    """`clean` of states x_t in R^V."""
-    return x
-
 def command(program, line, processes=0):
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     arguments = [*(torchrun if processes else []), str(HERE / program), *shlex.split(line)]
@@ -89,9 +86,6 @@ class Source(torch.nn.Module):
         self.inverse = torch.linalg.pinv(self.embedding)
         self.clock = flm.Clock(self.V)
         self.config = flm.Config(seq_len=L, width=self.embedding.shape[1])
-
-    def factor(self):
-        return torch.linalg.cholesky(self.embedding.T @ self.embedding)
 
     def noise(self, B, generator=None):
         x0 = torch.randn(B, self.config.seq_len, self.V, generator=generator)
