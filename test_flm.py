@@ -87,6 +87,9 @@ class Source(torch.nn.Module):
         self.clock = flm.Clock(self.V)
         self.config = flm.Config(seq_len=L, width=self.embedding.shape[1])
 
+    def factor(self):  # for extras.evaluate
+        return torch.linalg.cholesky(self.embedding.T @ self.embedding)
+
     def noise(self, B, generator=None):
         x0 = torch.randn(B, self.config.seq_len, self.V, generator=generator)
         return x0 @ self.embedding
