@@ -32,8 +32,8 @@ TINY = ("--depth 2 --width 16 --heads 2 --batch-size 8 --warmup 0 --device cpu -
 TEXT = "".join(f"{word} {i}\n" for i in range(100) for word in ("ab", "ba", "abba"))
 P = torch.tensor([0.4, 0.25, 0.2, 0.1, 0.05])
 TOKENS = torch.arange(5)[:, None], P  # texts of one token, and their probabilities
-as_it_is = torch.nn.Identity()  # `clean` of states x_t in R^V
 PHRASES = torch.tensor([[0, 1], [2, 3]]), torch.tensor([0.5, 0.5])  # "new york", "san diego"
+as_it_is = torch.nn.Identity()  # `clean` of states x_t in R^V
 
 @pytest.fixture(autouse=True)
 def one_thread_and_seed():
