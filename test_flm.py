@@ -87,8 +87,7 @@ class Source(torch.nn.Module):
         self.clock = flm.Clock(self.V)
         self.config = flm.Config(seq_len=L, width=self.embedding.shape[1])
 
-    def factor(self):  # for extras.evaluate
-        return torch.linalg.cholesky(self.embedding.T @ self.embedding)
+    factor = flm.Transformer.factor  # for extras.evaluate
 
     def noise(self, B, generator=None):
         x0 = torch.randn(B, self.config.seq_len, self.V, generator=generator)
@@ -641,6 +640,12 @@ def test_the_contract_of_a_run(folder, capsys):
         run(program, f"{flags} --prompt a__a")
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) == 4 and all(re.fullmatch("a(..a)?.?", line) for line in lines)
+
+def test_the_map_in_pretrained_agrees_with_its_flow():
+    """4 steps repeat .57 of its tokens, measured on 512 texts; of 128, the error is .022."""
+    flow, fmlm = [flm.load(HERE / "pretrained/sentences" / f"{kind}.pt") for kind in flm.NETWORKS]
+    slow, fast = flm.sample(flow, 128, 64, 0), distill.sample(fmlm, 128, 4, 0)
+    assert (slow == fast)[slow != flow.tokenizer.end].float().mean() > 0.57 - 4 * 0.022
 
 def test_a_map_from_text_alone_and_overwriting(folder):
     """Overwriting removes the flow, its maps and nothing else."""

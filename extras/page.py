@@ -1,6 +1,6 @@
 """HTML page that animates how a flow and its map turn noise into texts.
 
-    python -m extras.page --run-dir runs/sentences --out page.html
+    python -m extras.page --run-dir pretrained/sentences --out page.html
 
 The page is one file. It shows the most probable token of every position after each evaluation of
 the flow (flm.pt) and, if there is one, of the map (fmlm.pt), which start from the same noise.
@@ -28,7 +28,7 @@ setting = partial(flm.setting, "page")
 class Config(flm.Config):
     """Settings of the page. The inherited ones are not used."""
 
-    run_dir: str = setting("runs/sentences", "folder of flm.pt and fmlm.pt")
+    run_dir: str = setting("pretrained/sentences", "folder of flm.pt and fmlm.pt")
     out: str = setting("page.html", "file to write")
     num_samples: int = setting(16, "number of texts")
     sample_steps: int = setting(32, "evaluations of the flow")
