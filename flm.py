@@ -7,19 +7,19 @@
     torchrun --standalone --nproc_per_node=8 flm.py --dataset lm1b
 
 Paper: "One-step Language Modeling via Continuous Denoising", arXiv 2602.16813. [FLM] marks the
-places where it differs from a GPT:
+places where this file differs from a GPT:
     - The input is a noisy one-hot vector per position, x_t = (1-t) x0 + t x1 in R^V, with noise
       x0 ~ N(0, I) and a one-hot token x1. t = 0 is noise, t = 1 is data.
-    - The network, the denoiser, predicts x1 from x_t: one distribution over tokens per position.
-      As x1 is one-hot, this is E[x1 | x_t].
-    - A text is written by solving dx/dt = E[x1 - x0 | x_t = x] from noise at t = 0. The solutions
-      have, at each t, the distribution of x_t (flow matching, Lipman et al. 2023).
-    - Training and sampling are uniform in tau(t) instead of t. tau is the share of positions whose
-      argmax x_t is right, rescaled so that chance is 0.
+    - The network, the denoiser D_t, predicts x1 from x_t: a distribution over tokens per position.
+      Because x1 is one-hot, this is E[x1 | x_t].
+    - A text is written by solving dx/dt = E[x1 - x0 | x_t = x] = (D_t(x) - x)/(1-t) from noise at
+      t = 0. The solutions have the distribution of x_t at each t (Lipman et al. 2023).
+    - Training and sampling are uniform in tau(t) instead of t. tau is the share of positions at
+      which argmax x_t is the clean token, rescaled so that a random guess gives 0.
 Derivations, on a small example: notebooks/00_from_scratch.ipynb.
 The network reads only x_t W, with its embedding W (V, D). x_t W is a line of the same kind, so the
 code stores x_t W, the `state`. Only the clock is that of x_t in R^V, as in the paper.
-B: rows of a batch. L: tokens of a row. V: size of the vocabulary. D: width of the network.
+Shapes: B rows of a batch, L tokens of a row, V tokens of the vocabulary, D the network's width.
 """
 
 import argparse
@@ -69,11 +69,10 @@ class Clock(nn.Module):
         t = torch.arange(nodes, dtype=torch.float64) / nodes
         tau = decodability(t, V)
         tau[0] = 0  # instead of 1e-17
-        below_one = tau.float() < 1  # float32 rounds some tau to 1; (1, 1) replaces them all
-        t = torch.cat([t[below_one], torch.ones(1)]).float()
-        tau = torch.cat([tau[below_one], torch.ones(1)]).float()
-        self.register_buffer("t_nodes", t, persistent=False)
-        self.register_buffer("tau_nodes", tau, persistent=False)
+        below_one = tau.float() < 1  # the node (1, 1) replaces all whose tau rounds to 1 in float32
+        for name, nodes in (("t_nodes", t), ("tau_nodes", tau)):
+            nodes = torch.cat([nodes[below_one], torch.ones(1)]).float()
+            self.register_buffer(name, nodes, persistent=False)
 
     def t(self, tau):
         """t(tau), float32, any shape. t(0) = 0 and t(1) = 1 exactly."""
@@ -104,7 +103,7 @@ def flow_loss(model, tokens):
     state = (1 - t) * x0 + t * x1  # x_t W
     state = insert_known(model, state, draw_known(model, tokens))  # only for prompts
     logits = model(state, tau)  # (B, L, V)
-    return cross_entropy(logits, tokens).mean(1), tau  # known tokens add about 0
+    return cross_entropy(logits, tokens).mean(1), tau  # known tokens count, with about 0
 
 def uniform_times(B, device):
     """tau (B,) ~ U(0, 1), stratified: one in each of B equal intervals, for less variance."""
@@ -123,7 +122,7 @@ def draw_known(model, tokens):
 
 def insert_known(model, state, known):
     """The state (B, L, D), replaced by the clean state where known (B, L) is not -1."""
-    clean = model.clean(known.clamp(min=0))  # -1 is no index
+    clean = model.clean(known.clamp(min=0))  # -1 is not an index
     return torch.where(known[..., None] < 0, state, clean)
 
 def cross_entropy(logits, target):
@@ -148,7 +147,7 @@ def euler(denoiser, state, clock, steps, clean):
         state = state + (t_next - t) * velocity
 
 def denoise(model, known, temperature, state, tau_s, tau_t=None):
-    """Probs (B, L, V): D at tau_s; or delta_{s,t} of a map. Known tokens have clean states."""
+    """Probs (B, L, V): D_t at tau_s, or delta_{s,t} of a map. Known tokens have clean states."""
     state = insert_known(model, state, known)
     logits = model(state, tau_s, tau_t)
     return (logits / temperature).softmax(-1)
@@ -157,7 +156,7 @@ def denoise(model, known, temperature, state, tau_s, tau_t=None):
 def sample(model, n, steps, seed, temperature=1.0, known=None):
     """[FLM] Writes n texts, all positions at once, in `steps` network evaluations: tokens (n, L).
 
-    temperature below 1: more probable and less diverse texts. It is a heuristic, as the probs are
+    temperature below 1: more probable and less diverse texts. This is a heuristic: the probs are
     then not E[x1 | x_t]. known: token ids (L,) or (n, L), -1 where unknown.
     """
     texts = []
@@ -179,14 +178,14 @@ def batches(model, n, known=None):
 
 def forward_rows(model):
     """Rows of a forward pass: at most 256, with at most 2^28 logits, which are 1 GiB."""
-    return max(2, min(256, 2**28 // (model.config.seq_len * model.V)))  # 2: map_loss halves a batch
+    return max(2, min(256, 2**28 // (model.config.seq_len * model.V)))  # 2: distill.py halves it
 
 def most_probable(model, probs, known):
-    """The text (B, L) of probs (B, L, V): the most probable length, then words. known (B, L).
+    """The text (B, L) of probs (B, L, V): the most probable length, then tokens. known (B, L).
 
-    Without packing, a row is one text, then end tokens (padded). Argmax would end texts early: an
-    end may be the most probable token although P(end) < 1/2. So the length n comes first. Its
-    probability is about Q(n), the product of 1-p_i for i < n and p_i for i >= n, p_i = P(end).
+    Without packing, a row is one text, then end tokens (padded). Argmax would end texts early: with
+    P(end) = .4 and 100 words of .006, it is the end. So the length n comes first. Its probability
+    is about Q(n), the product of 1-p_i for i < n and p_i for i >= n, where p_i = P(end).
     """
     text = probs.argmax(-1)
     if not model.config.packing:
@@ -237,8 +236,8 @@ class Block(nn.Module):
         self.modulation = nn.Linear(config.cond_width, 6 * D)
 
     def attend(self, q, k, v):
-        """Attention: q, k, v (B, heads, L, D / heads) -> the same shape. Released checkpoints cap
-        the scores, which the fused kernel cannot. On a CPU, that is slower for short rows."""
+        """Attention: q, k, v (B, heads, L, D / heads) -> the same shape. The fused kernel cannot
+        cap the scores, as released checkpoints do. On a CPU, it is slower for short rows."""
         if not self.cap and (q.is_cuda or q.shape[2] > 64):
             return F.scaled_dot_product_attention(q, k, v)
         scores = q @ k.mT / math.sqrt(q.shape[3])
@@ -263,8 +262,7 @@ class Block(nn.Module):
         return x + gate2 * self.dropout(self.mlp(h))
 
 class Transformer(nn.Module):
-    """[FLM] The denoiser network, and the functions that make its input states. two_times: a flow
-    map (distill.py), with a second time embedding."""
+    """[FLM] The denoiser, and how its states are made. two_times: a flow map (distill.py)."""
 
     def __init__(self, config, V, two_times=False):
         super().__init__()
@@ -294,7 +292,7 @@ class Transformer(nn.Module):
         for layer in zero:
             for p in layer.parameters():
                 nn.init.zeros_(p)
-        for block in self.blocks:  # open gates: with the paper's, of 0, blocks learn late
+        for block in self.blocks:  # gates of 1: with the paper's gates of 0, blocks learn late
             block.modulation.bias.data.view(6, D)[2::3] = 1
 
     def noise(self, B, generator=None):
@@ -321,7 +319,7 @@ class Transformer(nn.Module):
         return F.embedding(tokens_or_probs, self.embedding)
 
     def forward(self, state, tau_s, tau_t=None):
-        """Logits (B, L, V), float32, of D, given states (B, L, D) at their time tau_s (B,).
+        """Logits (B, L, V), float32, of D_t, given states (B, L, D) at their time tau_s (B,).
         With a second time tau_t (B,), for a flow map: of delta_{s,t}, see distill.py."""
         L = state.shape[1]
         cond = self.time_s(tau_s)
@@ -346,9 +344,9 @@ def setting(group, default, help, choices=None):
     """A field of Config, and its flag."""
     return field(default=default, metadata=dict(group=group, help=help, choices=choices))
 
-of_network = partial(setting, "network")  # a map has those of its flow, but no dropout
+of_network = partial(setting, "network")  # a map has those of its flow, but dropout 0
 of_training = partial(setting, "training")
-of_command = partial(setting, "command")  # not saved, as "start", which only flm.py has
+of_command = partial(setting, "command")  # not saved in checkpoints, and neither is "start"
 
 @dataclass
 class Config:
@@ -548,7 +546,7 @@ def load_checkpoint(path):
             raise ValueError("written by another version")
         return content
     except Exception as error:
-        raise UserError(f"{path}: no checkpoint of this version; train one ({error})") from None
+        raise UserError(f"{path}: no checkpoint; check the path, or train one ({error})") from None
 
 FlowMap = partial(Transformer, two_times=True)
 NETWORKS = dict(flm=Transformer, fmlm=FlowMap)  # a kind K has files K.pt
@@ -590,7 +588,7 @@ def estimate_loss(model, loss, corpus, rows=1024):
 #   x0 (32, 18, 128)             W^T W 67, its Cholesky factor C 1, z C^T 9                       77
 #   x1, state (32, 18, 128)      rows of W; (1-t) x0 + t x1                                        0
 #   cond (32, 64)                embedding of tau                                                  1
-#   x (32, 18, 128)              4 blocks: qkv 28, attention 3, out 9, MLP 75, modulation 2      470
+#   x (32, 18, 128)              4 times: qkv 28, attention 3, out 9, MLP 75, modulation 2     470
 #   logits (32, 18, 4096)        head                                                            302
 #   gradients                    about twice as many as above                                  1,690
 #   updates of the matrices      Muon: five Newton-Schulz steps for each                       1,260
@@ -598,7 +596,7 @@ def train(model, loss, corpus, config, path, sample):
     """Minimises loss(model, tokens) -> (loss (B,), tau (B,)); returns the averaged model.
 
     Evaluates the model and writes a checkpoint to path, FOLDER/KIND.pt, every eval_every steps or
-    ten minutes. Without --resume, deletes an old one. sample: as above. Raises UserError.
+    ten minutes. Without --resume, deletes an old one. sample: as `sample` above. Raises UserError.
     """
     device = model.embedding.device
     average = copy.deepcopy(model).eval().requires_grad_(False)
@@ -671,6 +669,8 @@ def train(model, loss, corpus, config, path, sample):
 def resume(path, model, average, optimizers, corpus):
     """Loads an interrupted run; returns its step and log. Raises UserError."""
     content = load_checkpoint(path)
+    if "model" not in content:  # as in pretrained
+        raise UserError(f"{path}: has averaged weights only; start from them with --init-from")
     text = corpus.meta["source"], corpus.tokenizer.content
     if (content["source"], content["tokenizer"]) != text:
         raise UserError(f"{path}: of another text; pass that text as --dataset, or --overwrite")

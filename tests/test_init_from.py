@@ -8,7 +8,7 @@ from nursery import attempt
 
 import distill
 import flm
-from test_flm import TEXT, TINY
+from test_flm import HERE, TEXT, TINY
 
 def test_a_run_starts_with_network_weights_and_tokenizer_of_another(folder):
     Path("a.txt").write_text(TEXT)
@@ -29,6 +29,7 @@ def test_a_run_starts_with_network_weights_and_tokenizer_of_another(folder):
     assert not torch.equal(flm.load("b/flm.pt").head.weight, start.head.weight)
     assert not attempt(distill, "--run-dir b --max-steps 1 --device cpu")
     assert flm.load("b/fmlm.pt").tokenizer.content == start.tokenizer.content
+    assert "--init-from" in attempt(flm, f"--resume --run-dir {HERE / 'pretrained/sentences'}")
 
 @pytest.mark.parametrize("flags", ["flm.pt --width 16", "flm.pt --tokenizer bpe", "fmlm.pt"])
 def test_other_networks_are_refused(folder, flags):
