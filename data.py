@@ -276,7 +276,7 @@ def holds_out_ends(source):
     return total >= 10_000 and not 0.85 <= training / total <= 0.99
 
 def read_split(source):
-    """Yields (split, texts) of a source, also if it has no split of its own."""
+    """Yields (split, texts) of a source, even if it has no split of its own."""
     for split, texts in source.read():
         if split:
             yield split, texts
@@ -511,8 +511,8 @@ def write_corpus(folder, source, settings):
         shutil.rmtree(part, ignore_errors=True)
 
 def write_tokens(folder, source, tokenizer, seq_len):
-    """Tokenises a source into folder/{train,heldout}.bin; returns counts for meta.json. Documents
-    are padded to seq_len tokens and skipped if they are longer, unless it is None."""
+    """Tokenises a source into folder/{train,heldout}.bin; returns counts for meta.json. With
+    seq_len, documents are padded to seq_len tokens, and longer ones are skipped."""
     tokens, skipped, end = dict(train=0, heldout=0), 0, [tokenizer.end]
     bar = tqdm(desc=f"tokenising {source.name}", unit=" documents", unit_scale=True, disable=None)
     with bar, open(folder / "train.bin", "wb") as train, open(folder / "heldout.bin", "wb") as held:

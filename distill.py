@@ -120,8 +120,8 @@ def draw_journeys(B, device, latest=LATEST, ends=ENDS):
 def map_loss(teacher, model, tokens, target=semigroup, draw=draw_journeys):
     """KL(target || delta_{s,t}) in nats per position: tokens (B, L) -> loss (B,), tau_s (B,).
 
-    The first half of the rows has s = t; the target is the teacher's D_t, or the tokens if there is
-    no teacher. The second half are journeys; the network itself computes the target, without
+    The first half of the rows have s = t. Their target is the teacher's D_t, or the tokens if there
+    is no teacher. The second half are journeys. The network itself computes their target, without
     gradient. The states x_s are those of flow_loss. extras/objectives.py has other targets.
     """
     B, device = len(tokens), tokens.device
@@ -164,7 +164,7 @@ class Config(flm.Config):
     renoise: float = setting("command", 0.0, "fresh noise between sampling steps, 0 to 1")
 
 def follow_flow(config_type, given, path, presets, **defaults):
-    """Prepares the training of a model beside flm.pt: its settings, that file, device, corpus.
+    """Prepares the training of a model beside flm.pt: its settings, flm.pt, device, corpus.
 
     The settings of the flow are replaced by defaults, by the preset of its text, by those of a
     resumed run at path, and by the command line, in this order. Raises UserError.

@@ -50,7 +50,7 @@ def decodability(t, V):
     P = E[Phi(z + m)^(V-1)] with z ~ N(0, 1), m = t/(1-t) and the normal distribution function Phi:
     see "The clock" in notebooks/00_from_scratch.ipynb. t: float64, any shape, in [0, 1).
     """
-    z = torch.linspace(-12, 12, 401, dtype=torch.float64)  # on this grid, P is exact to 1e-14
+    z = torch.linspace(-12, 12, 401, dtype=torch.float64)  # on this grid, P has an error of 1e-14
     m = t / (1 - t)
     log_power = (V - 1) * torch.special.log_ndtr(z + m[..., None])  # log of Phi^(V-1)
     log_density = -(z**2) / 2 - math.log(2 * math.pi) / 2
@@ -371,7 +371,7 @@ class Config:
     data_dir: str = of_training("", "local copy of lm1b or owt")
     max_steps: int = of_training(1_000_000, "training steps")
     batch_size: int = of_training(512, "rows per step, over all processes")
-    micro_batch_size: int = of_training(0, "most rows per forward pass; 0: automatic")
+    micro_batch_size: int = of_training(0, "largest number of rows per forward pass; 0: automatic")
     optimizer: str = of_training("adamw", "muon: for the matrices of blocks", ("adamw", "muon"))
     lr: float = of_training(3e-4, "learning rate")
     beta2: float = of_training(0.999, "of AdamW")
@@ -380,7 +380,7 @@ class Config:
     ema: float = of_training(0.9999, "decay of the moving average of the weights")
     eval_every: int = of_training(5000, "steps between evaluations")
     seed: int = of_training(0, "seed of weights, data order and noise")
-    init_from: str = setting("start", "", "a flm.pt: start with its network, weights, tokenizer")
+    init_from: str = setting("start", "", "an flm.pt: start with its network, weights, tokenizer")
 
     run_dir: str = of_command("", "folder of the run (default: runs/DATASET)")
     device: str = of_command("auto", "device of the network", ("auto", "cpu", "cuda", "mps"))
@@ -391,7 +391,7 @@ class Config:
     sample: bool = of_command(False, "write texts to stdout instead of training")
     sample_steps: int = of_command(64, "network evaluations per text")
     num_samples: int = of_command(16, "number of texts")
-    temperature: float = of_command(1.0, "of the denoiser; below 1: more probable texts")
+    temperature: float = of_command(1.0, "divides the logits; below 1: more probable texts")
     prompt: str = of_command("", "beginning of the texts, or text with gaps: I [MASK] you.")
 
     def saved(self, groups=("network", "training")):  # in checkpoints
@@ -622,7 +622,7 @@ def train(model, loss, corpus, config, path, sample):
         lr = get_lr(step, config)
         for group in groups:
             group["lr"] = lr
-        # a function of seed, step and process, so that a resumed run draws the same numbers
+        # random numbers depend on seed, step and process only, so a resumed run draws the same
         torch.manual_seed((config.seed * 10**7 + step) * world() + rank())
         # loss and gradient: sums over micro-batches, then over processes
         mean = torch.zeros((), device=device)
@@ -782,7 +782,7 @@ def main(argv):
         start = load_checkpoint(config.init_from)
         network = {name: start["config"][name] for name in config.saved(["network"])}
         if start["kind"] != "flm" or given.keys() & network.keys():
-            raise UserError("--init-from: needs a flm.pt and no flags of the network; omit them")
+            raise UserError("--init-from: needs an flm.pt and no flags of the network; omit them")
         network["tokenizer"] = start["tokenizer"]  # its content, instead of its kind
         config = replace(config, **network)
     device, corpus = open_run(config, path)

@@ -12,9 +12,9 @@ perplexity  of the samples, up to their first end token: per word under 4-grams 
             text (with a character tokenizer, 5-grams of characters), or per token under --judge
 diversity   entropy of the pooled bigrams of tokens of all samples in nats
 variation   total variation distance between these bigrams and those of other held-out texts.
-            Both depend on the number of bigrams, so all rows use the smallest one
+            Both depend on the number of bigrams: all rows use the smallest number of any row
 length      tokens per sample, including its end token
-distinct    share of different samples; training: share that occurs in the training text
+distinct    share of different samples; training: share of samples in the training text
 entropy     of the tokens within a sample, as in papers. It does not show that samples are alike
 reverse     perplexity of held-out text under 4-grams of 4,000 samples: high if these are alike
 """

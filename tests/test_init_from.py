@@ -37,4 +37,4 @@ def test_other_networks_are_refused(folder, flags):
     assert not attempt(flm, f"{TINY} --width 8 --max-steps 1 --run-dir a")
     assert not attempt(distill, "--run-dir a --max-steps 1 --device cpu")
     message = attempt(flm, f"--dataset a.txt --run-dir c --init-from a/{flags}")
-    assert "needs a flm.pt and no flags of the network" in message
+    assert "needs an flm.pt and no flags of the network" in message
