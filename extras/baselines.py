@@ -94,13 +94,13 @@ def write_batch(model, known, temperature, generator):
 
     model.attend(cached)
     for i in range(L):
-        if model.position is not None:
-            state = state + model.position[i] - model.position[0]
         logits = model(state, tau)[:, 0]
         token = draw(logits / temperature, generator)
         token = torch.where(known[:, i] < 0, token, known[:, i])
         tokens.append(token)
         state = model.clean(token[:, None])
+        if model.position is not None:  # the next one comes first; L times: as before
+            model.position.data = model.position.data.roll(-1, 0)
     return torch.stack(tokens, dim=1)
 
 def draw(logits, generator):
