@@ -23,8 +23,8 @@ END = dict(marker=".", markevery=[-1])  # a training of one step has one point a
 TRAINING = dict(color="0.6", linewidth=1, label="training loss, one batch")
 HELD_OUT = dict(color="black", linestyle="--", marker="o", markersize=4,
                 label="held-out loss, averaged weights")
-CURVES = {("flm", 64): "o-", ("fmlm", 1): "^:", ("fmlm", 4): "v:", ("mdlm", 4): "s--",
-          ("mdlm", 64): "D--", ("ar", "L"): "x-."}  # (model, steps)
+CURVES = {("flm", 64): "C0o-", ("fmlm", 1): "C1^:", ("fmlm", 4): "C2v:", ("mdlm", 4): "C3s--",
+          ("mdlm", 64): "C4D--", ("ar", "L"): "C5x-."}  # (model, steps)
 MEASURES = "perplexity", "variation", "reverse", "copied"
 
 def read_logs(folder):
@@ -86,9 +86,9 @@ def draw_scaling(figure, folders):
             points = [run[curve] for run in runs if curve in run]
             points = [(x, row[measure]) for x, row in points if row[measure]]
             if points:
-                axes.plot(*zip(*sorted(points)), style, label="{}, {} steps".format(*curve))
-        axes.set(xlabel="seconds of training", ylabel=measure, xscale="log")
-    figure.axes[0].legend()
+                axes.plot(*zip(*sorted(points)), style, label="{}, steps: {}".format(*curve))
+        axes.set(xlabel="seconds of training", ylabel=measure, xlim=(0, None))
+    figure.legend(handles=figure.axes[0].lines, loc="outside upper center", ncols=6)
 
 def main(argv):
     parser = flm.Parser(description=__doc__.splitlines()[0])
