@@ -103,7 +103,7 @@ def flow_loss(model, tokens):
     state = (1 - t) * x0 + t * x1  # x_t W
     state = insert_known(model, state, draw_known(model, tokens))  # only for prompts
     logits = model(state, tau)  # (B, L, V)
-    return cross_entropy(logits, tokens).mean(1), tau  # known tokens count, with about 0
+    return cross_entropy(logits, tokens).mean(1), tau  # known tokens have about 0
 
 def uniform_times(B, device):
     """tau (B,) ~ U(0, 1), stratified: one in each of B equal intervals, for less variance."""
@@ -178,7 +178,7 @@ def batches(model, n, known=None):
 
 def forward_rows(model):
     """Rows of a forward pass: at most 256, with at most 2^28 logits, which are 1 GiB."""
-    return max(2, min(256, 2**28 // (model.config.seq_len * model.V)))  # 2: distill.py halves it
+    return max(2, min(256, 2**28 // (model.config.seq_len * model.V)))  # 2: a map halves a batch
 
 def most_probable(model, probs, known):
     """The text (B, L) of probs (B, L, V): the most probable length, then tokens. known (B, L).
@@ -262,7 +262,7 @@ class Block(nn.Module):
         return x + gate2 * self.dropout(self.mlp(h))
 
 class Transformer(nn.Module):
-    """[FLM] The denoiser, and how its states are made. two_times: a flow map (distill.py)."""
+    """[FLM] The denoiser, and the functions that make its states. two_times: for a flow map."""
 
     def __init__(self, config, V, two_times=False):
         super().__init__()
@@ -670,7 +670,7 @@ def resume(path, model, average, optimizers, corpus):
     """Loads an interrupted run; returns its step and log. Raises UserError."""
     content = load_checkpoint(path)
     if "model" not in content:  # as in pretrained
-        raise UserError(f"{path}: has averaged weights only; start from them with --init-from")
+        raise UserError(f"{path}: has averaged weights only; use --init-from, or another --run-dir")
     text = corpus.meta["source"], corpus.tokenizer.content
     if (content["source"], content["tokenizer"]) != text:
         raise UserError(f"{path}: of another text; pass that text as --dataset, or --overwrite")

@@ -99,7 +99,7 @@ def write_batch(model, known, temperature, generator):
         token = torch.where(known[:, i] < 0, token, known[:, i])
         tokens.append(token)
         state = model.clean(token[:, None])
-        if model.position is not None:  # the next one comes first; L times: as before
+        if model.position is not None:  # forward adds the first; L rolls restore it
             model.position.data = model.position.data.roll(-1, 0)
     return torch.stack(tokens, dim=1)
 
