@@ -38,7 +38,7 @@ EMBEDDED = ("sentences", "words", "sotu")
 DATASETS = (*EMBEDDED, "lm1b", "owt")
 FRAMED = ("gpt2", "bert-base-uncased")  # their packed rows are [begin] + L-2 tokens + [end]
 TOKENIZERS = ("chars", "bpe", *FRAMED)
-HELD_OUT = 20  # one document in 20 is held out if a corpus has no split of its own
+HELD_OUT = 20  # one document in 20, or 1/20 of each, is held out if a corpus has no split
 SEPARATOR = "<|endoftext|>"  # between documents of several lines
 PIECE = 2**14  # characters that a tokenizer reads at once, as bpe training is slow for long words
 BPE_CHARACTERS = 2**23  # a bpe vocabulary is trained on at most this much text
@@ -62,11 +62,11 @@ def printable(text):
 # ------------------------------------------------------------------------------------- corpora
 @dataclass
 class Source:
-    """A corpus before tokenisation. Each call of read() yields the same pairs (split, texts), with
-    about 1 MiB of documents; split is "train", "heldout", or None if the corpus has no split."""
+    """A corpus before tokenisation. Each call of read() yields the same pairs (split, texts): some
+    documents; split is "train", "heldout", or None if the corpus has no split of its own."""
 
     name: str
-    checksum: str  # identifies the text
+    checksum: str  # of the text; for a local lm1b or owt, of names and sizes of files
     read: Callable
     ends: bool = False  # hold out the end of each document
 
@@ -112,7 +112,7 @@ def readable(name, fix="replace the file"):
         raise UserError(f"{name}: cannot be read ({error!s:.200}); {fix}") from None
 
 def read_all(files):
-    """Yields (None, documents) of files, about 1 MiB at a time. Blank documents are omitted."""
+    """Yields (None, documents) of files, 1 MiB or 256 rows at once. Blank ones are omitted."""
     for path in files:
         read = read_plain if suffix(path) in ("txt", None) else read_table
         with readable(path, "check its format"), open_file(path) as file:
@@ -266,7 +266,7 @@ def training_part(text, ends):
     return 0 if zlib.crc32(text.encode()) % HELD_OUT == 0 else len(text)
 
 def holds_out_ends(source):
-    """Whether the end of each document is held out, as a choice of documents would be uneven."""
+    """Whether to hold out document ends: whole documents would be < 1 % or > 15 % of the text."""
     training = total = 0
     for split, texts in source.read():
         if split:
@@ -311,7 +311,7 @@ class Tokenizer:
             from tokenizers import Tokenizer as Codec
             self.codec = Codec.from_str(content["model"])
             self.codec.encode_special_tokens = True  # "[SEP]" in a text is not an end token
-            self.end = self.vocab_size = self.codec.get_vocab_size()
+            self.end = self.vocab_size = self.codec.get_vocab_size()  # a new id, if bpe
             if self.kind == "bpe":
                 self.vocab_size += 1
             else:
@@ -512,7 +512,7 @@ def write_corpus(folder, source, settings):
 
 def write_tokens(folder, source, tokenizer, seq_len):
     """Tokenises a source into folder/{train,heldout}.bin; returns counts for meta.json. With
-    seq_len, documents are padded to seq_len tokens, and longer ones are skipped."""
+    seq_len, documents are padded to seq_len tokens; those without room for an end are skipped."""
     tokens, skipped, end = dict(train=0, heldout=0), 0, [tokenizer.end]
     bar = tqdm(desc=f"tokenising {source.name}", unit=" documents", unit_scale=True, disable=None)
     with bar, open(folder / "train.bin", "wb") as train, open(folder / "heldout.bin", "wb") as held:
@@ -521,7 +521,7 @@ def write_tokens(folder, source, tokenizer, seq_len):
             if not seq_len:
                 parts = list(chain.from_iterable(map(pieces, texts)))
             for i in range(0, len(parts), 1024):
-                part, last = zip(*parts[i : i + 1024])
+                part, last = zip(*parts[i : i + 1024])  # last: a document ends here
                 documents = tokenizer.encode(part)
                 if seq_len:
                     fitting = [ids for ids in documents if len(ids) < seq_len]

@@ -5,14 +5,14 @@
     python distill.py --sample --run-dir runs/sentences --sample-steps 1 --num-samples 20
     torchrun --standalone --nproc_per_node=8 distill.py --run-dir runs/lm1b
 
-Follow the flow, dx_r/dr = (D_r(x_r) - x_r)/(1-r) with the denoiser D_r, from x at time s to time t.
-The end is the flow map,
+Solve the flow dy_r/dr = (D_r(y_r) - y_r)/(1-r) of the denoiser D_r, from y_s = x, to time t. The
+result y_t is the flow map,
 
     X_{s,t}(x) = x + (t-s)/(1-s) (delta_{s,t}(x) - x).
 
-This is an Euler step with delta_{s,t}, the mean denoiser, in place of D_s: the mean of D_r(x_r)
-along the solution with weights 1/(1-r)^2 (derived in "The flow map: one step" of
-notebooks/00_from_scratch.ipynb). So delta_{s,t} is one distribution over tokens per position, too.
+This is an Euler step with delta_{s,t}, the mean denoiser, in place of D_s: the mean of D_r(y_r)
+over s <= r <= t with weights 1/(1-r)^2, as d/dr (y_r/(1-r)) = D_r(y_r)/(1-r)^2 (integrate it; more
+in notebooks/00_from_scratch.ipynb). So delta_{s,t} is a distribution over tokens per position, too.
 delta_{t,t} = D_t, and delta_{s,1}(x) = X_{s,1}(x) is the text. Paper: arXiv 2602.16813, v2.
 """
 
@@ -31,8 +31,8 @@ from flm import setting
 def flow_map(model, state, probs, tau_s, tau_t):
     """X_{s,t}(x), (B, L, D), of states x at tau_s (B,), given probs = delta_{s,t}(x)."""
     s, t = times(model, tau_s, tau_t)
-    weight = (t - s) / (1 - s)
-    return (1 - weight) * state + weight * model.clean(probs)
+    share = (t - s) / (1 - s)
+    return (1 - share) * state + share * model.clean(probs)
 
 def times(model, *taus):
     """t(tau) of each tau (B,), as (B, 1, 1)."""
@@ -41,9 +41,9 @@ def times(model, *taus):
 def few_steps(delta, state, clock, steps, clean, draw_noise=None, renoise=0.0):
     """Samples a flow map on a uniform grid of tau. Yields (tau, state, probs) of each step.
 
-    delta(state, tau_s (B,), tau_t (B,)) -> probs. renoise = g > 0: with k = sqrt(1-g^2) and
-    t' = t_next, the map leads to `later` > t', where (t' / later) x = t' x1 + k (1-t') x0. With
-    fresh noise of size g (1-t'), this has the distribution of x_t' again, if the map is exact.
+    delta(state, tau_s (B,), tau_t (B,)) -> probs. renoise = g > 0: the map leads beyond t_next = t'
+    to `later`, where (t' / later) x_later = t' x1 + k (1-t') x0 with k = keep = sqrt(1-g^2). Fresh
+    noise of size g (1-t') makes this a sample of x_t', as k^2 + g^2 = 1, if the map is exact.
     """
     B = len(state)
     taus = torch.linspace(0, 1, steps + 1, device=state.device)
@@ -54,8 +54,8 @@ def few_steps(delta, state, clock, steps, clean, draw_noise=None, renoise=0.0):
         tau_later = clock.tau(later)
         probs = delta(state, tau.expand(B), tau_later.expand(B))
         yield tau, state, probs
-        weight = (later - t) / (1 - t)  # flow_map, for one time of all rows
-        state = (1 - weight) * state + weight * clean(probs)
+        share = (later - t) / (1 - t)  # as in flow_map, but one time for all rows
+        state = (1 - share) * state + share * clean(probs)
         if renoise:
             scale = t_next / later
             state = scale * state + renoise * (1 - t_next) * draw_noise()
@@ -82,18 +82,18 @@ def sample(model, n, steps, seed, temperature=1.0, known=None, renoise=0.0):
     return torch.cat(texts)
 
 # ------------------------------------------------------------------------------------- 2. Loss
-LATEST = 63 / 64  # a journey (a pair s < t) ends at tau_t <= LATEST or at the data, tau_t = 1
+LATEST = 63 / 64  # a journey (a pair s < t) ends at tau_t <= LATEST or at 1; no other is trained
 ENDS = 1 / 4  # share of the journeys that lead to the data
 
 def semigroup(delta, model, state, tau_s, tau_t):
     """Target for delta_{s,t}, probs (B, L, V), from two parts of the journey: s to u and u to t.
 
-    The map from s to t equals the map from s to u, followed by the map from u to t. So
-    delta_{s,t}(x) = w delta_{s,u}(x) + (1-w) delta_{u,t}(X_{s,u}(x)), where w is the weight of the
-    first part, (1-t)(u-s) / ((1-u)(t-s)). u is half-way in tau.
+    delta_{s,t} is a mean over s <= r <= t, so it is a weighted mean of its two parts:
+    delta_{s,t}(x) = w delta_{s,u}(x) + (1-w) delta_{u,t}(X_{s,u}(x)), where w is the integral of
+    1/(1-r)^2 over s..u divided by that over s..t, (1-t)(u-s) / ((1-u)(t-s)). u: half-way in tau.
 
-    For t = 1, w = 0: delta_{s,1}(x) = delta_{u,1}(X_{s,u}(x)) holds for any function that is
-    constant along each solution. So u is LATEST, and the second part is an Euler step, delta_{u,u}.
+    For t = 1, w = 0: this says only that delta_{s,1} is constant along a solution, not what it is.
+    So there, u is LATEST, and delta_{u,u} = D_u replaces delta_{u,1}: an Euler step to the data.
     """
     to_data = tau_t == 1
     tau_u = torch.where(to_data, LATEST, (tau_s + tau_t) / 2)
@@ -103,26 +103,27 @@ def semigroup(delta, model, state, tau_s, tau_t):
     second_time = torch.where(to_data, tau_u, tau_t)  # delta_{u,u} for t = 1
     probs_ut = delta(state_u, tau_u, second_time)
     w = (1 - t) * (u - s) / ((1 - u) * (t - s))  # 0 for t = 1
-    w = torch.where(t - s < 1e-6, 0.5, w)  # u is half-way: the limit of 0/0
+    w = torch.where(t - s < 1e-6, 0.5, w)  # 0/0 as t -> s: u is then half-way in t, too
     return w * probs_su + (1 - w) * probs_ut
 
 def draw_journeys(B, device, latest=LATEST, ends=ENDS):
-    """Times tau_s, tau_t (B,): half of the journeys start at tau_s = 0, a share `ends` leads to
-    tau_t = 1, and the durations of the others are uniform."""
+    """Times tau_s < tau_t (B,). Half of the journeys start at tau_s = 0. A share `ends` leads to
+    tau_t = 1. The durations tau_t - tau_s of the others are uniform, up to `latest`."""
     uniform = flm.uniform_times(B, device)  # values above 1 - ends: to the data
     to_data = uniform >= 1 - ends
     duration = latest * uniform / (1 - ends)
-    duration = torch.where(to_data, 0, duration)  # tau_s is anything up to latest
+    duration = torch.where(to_data, 0, duration)  # so tau_s is uniform up to latest
     start = (2 * torch.rand(B, device=device) - 1).clamp(min=0)  # 0 with probability 1/2
     tau_s = start * (latest - duration)
-    return tau_s, torch.where(to_data, 1, tau_s + duration)
+    tau_t = torch.where(to_data, 1, tau_s + duration)
+    return tau_s, tau_t
 
 def map_loss(teacher, model, tokens, target=semigroup, draw=draw_journeys):
     """KL(target || delta_{s,t}) in nats per position: tokens (B, L) -> loss (B,), tau_s (B,).
 
     The first half of the rows have s = t. Their target is the teacher's D_t, or the tokens if there
-    is no teacher. The second half are journeys. The network itself computes their target, without
-    gradient. The states x_s are those of flow_loss. extras/objectives.py has other targets.
+    is no teacher. The others are journeys. Their target is the network's own, without gradient, so
+    this loss does not measure quality. States as in flow_loss. More targets: extras/objectives.py.
     """
     B, device = len(tokens), tokens.device
     half = B // 2
@@ -139,12 +140,12 @@ def map_loss(teacher, model, tokens, target=semigroup, draw=draw_journeys):
 
     with torch.no_grad():
         if teacher:
-            same_time = teacher(state[:half], tau).softmax(-1)
+            at_same_time = teacher(state[:half], tau).softmax(-1)
         else:
-            same_time = F.one_hot(tokens[:half], model.V).float()
+            at_same_time = F.one_hot(tokens[:half], model.V).float()
         delta = partial(flm.denoise, model, known[half:], 1.0)
-        journeys = target(delta, model, state[half:], tau_s[half:], tau_t[half:])
-        targets = torch.cat([same_time, journeys])
+        of_journeys = target(delta, model, state[half:], tau_s[half:], tau_t[half:])
+        targets = torch.cat([at_same_time, of_journeys])
         entropy = torch.special.entr(targets).sum(-1)
     logits = model(state, tau_s, tau_t)
     nats = flm.cross_entropy(logits, targets) - entropy
@@ -173,8 +174,9 @@ def follow_flow(config_type, given, path, presets, **defaults):
     settings = flow["config"] | defaults | presets.get(flow["config"]["dataset"], {})
     if given.get("resume") and path.exists():
         settings |= flm.load_checkpoint(path)["config"]
-        if settings.keys() - {f.name for f in fields(config_type)}:
-            raise UserError(f"{path}: resume it with the program that trained it")
+        names = {f.name for f in fields(config_type)}
+        if settings.keys() - names or given.get("teacher") not in (None, settings.get("teacher")):
+            raise UserError(f"{path}: resume it with the program and --teacher that trained it")
     config = config_type(**(settings | given))
     device, corpus = flm.open_run(config, path)
     same_tokens = corpus.tokenizer.content == flow["tokenizer"]
@@ -187,8 +189,6 @@ def main(argv):
     path = Path(given.get("run_dir", Config.run_dir), "fmlm.pt")
     if given.get("sample"):
         config = Config(**given)
-        if config.prompt and config.sample_steps < 2:
-            raise UserError("--prompt: a map needs --sample-steps 2 or more")
         return flm.write_samples(config, path, sample, renoise=config.renoise)
     config, flow, device, corpus = follow_flow(Config, given, path, PRESETS, beta2=0.95, dropout=0)
     if config.micro_batch_size == 1 or config.batch_size == flm.world():

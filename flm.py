@@ -11,14 +11,14 @@ places where this file differs from a GPT:
     - The input is a noisy one-hot vector per position, x_t = (1-t) x0 + t x1 in R^V, with noise
       x0 ~ N(0, I) and a one-hot token x1. t = 0 is noise, t = 1 is data.
     - The network, the denoiser D_t, predicts x1 from x_t: a distribution over tokens per position.
-      Because x1 is one-hot, this is E[x1 | x_t].
+      Cross-entropy is least at P(x1 | x_t), and this is E[x1 | x_t], as x1 is one-hot.
     - A text is written by solving dx/dt = E[x1 - x0 | x_t = x] = (D_t(x) - x)/(1-t) from noise at
       t = 0. The solutions have the distribution of x_t at each t (Lipman et al. 2023).
     - Training and sampling are uniform in tau(t) instead of t. tau is the share of positions at
       which argmax x_t is the clean token, rescaled so that a random guess gives 0.
 Derivations, on a small example: notebooks/00_from_scratch.ipynb.
-The network reads only x_t W, with its embedding W (V, D). x_t W is a line of the same kind, so the
-code stores x_t W, the `state`. Only the clock is that of x_t in R^V, as in the paper.
+The network reads x_t only through its embedding W (V, D). So the code stores x_t W, the `state`,
+which obeys the same formulas, times W; D_t is then E[x1 | x_t W]. Only tau is that of x_t in R^V.
 Shapes: B rows of a batch, L tokens of a row, V tokens of the vocabulary, D the network's width.
 """
 
@@ -64,14 +64,14 @@ class Clock(nn.Module):
     With uniform tau, argmax x_t becomes right in about the same share of positions in each step.
     """
 
-    def __init__(self, V, nodes=4096):
+    def __init__(self, V, size=4096):
         super().__init__()
-        t = torch.arange(nodes, dtype=torch.float64) / nodes
+        t = torch.arange(size, dtype=torch.float64) / size
         tau = decodability(t, V)
         tau[0] = 0  # instead of 1e-17
         below_one = tau.float() < 1  # the node (1, 1) replaces all whose tau rounds to 1 in float32
-        for name, nodes in (("t_nodes", t), ("tau_nodes", tau)):
-            nodes = torch.cat([nodes[below_one], torch.ones(1)]).float()
+        for name, values in (("t_nodes", t), ("tau_nodes", tau)):
+            nodes = torch.cat([values[below_one], torch.ones(1)]).float()
             self.register_buffer(name, nodes, persistent=False)
 
     def t(self, tau):
@@ -91,22 +91,23 @@ def interpolate(x, x_nodes, y_nodes):
     return y_nodes[left] + weight * (y_nodes[right] - y_nodes[left])
 
 # ------------------------------------------------------------------------------------- 2. Loss
-def flow_loss(model, tokens):
-    """[FLM] The training loss: cross-entropy of the clean tokens at a random time of each row.
+AT_NOISE = 1 / 64  # share of the rows with tau = 0: hardly any other has t < .4, as t(.002) = .4
 
-    tokens (B, L) -> cross-entropy in nats per token (B,), and times tau (B,), for estimate_loss.
-    """
+def flow_loss(model, tokens):
+    """[FLM] The training loss: tokens (B, L) -> cross-entropy of the clean tokens, at a random time
+    for each row, in nats per token (B,), and the times tau (B,), for estimate_loss."""
     tau = uniform_times(len(tokens), tokens.device)
+    tau = ((tau - AT_NOISE) / (1 - AT_NOISE)).clamp(min=0)
     t = model.clock.t(tau)[:, None, None]  # (B, 1, 1)
     x0 = model.noise(len(tokens))  # x0 W, (B, L, D)
     x1 = model.clean(tokens)  # x1 W
     state = (1 - t) * x0 + t * x1  # x_t W
     state = insert_known(model, state, draw_known(model, tokens))  # only for prompts
     logits = model(state, tau)  # (B, L, V)
-    return cross_entropy(logits, tokens).mean(1), tau  # known tokens have about 0
+    return cross_entropy(logits, tokens).mean(1), tau  # known tokens count, with about 0
 
 def uniform_times(B, device):
-    """tau (B,) ~ U(0, 1), stratified: one in each of B equal intervals, for less variance."""
+    """tau (B,) ~ U(0, 1), stratified for less variance: row i has tau in [i/B, (i+1)/B]."""
     interval = torch.arange(B, device=device)
     return (interval + torch.rand(B, device=device)) / B
 
@@ -147,7 +148,7 @@ def euler(denoiser, state, clock, steps, clean):
         state = state + (t_next - t) * velocity
 
 def denoise(model, known, temperature, state, tau_s, tau_t=None):
-    """Probs (B, L, V): D_t at tau_s, or delta_{s,t} of a map. Known tokens have clean states."""
+    """Probs (B, L, V): D_s, or delta_{s,t} of a map (distill.py). Known tokens: clean states."""
     state = insert_known(model, state, known)
     logits = model(state, tau_s, tau_t)
     return (logits / temperature).softmax(-1)
@@ -183,16 +184,17 @@ def forward_rows(model):
 def most_probable(model, probs, known):
     """The text (B, L) of probs (B, L, V): the most probable length, then tokens. known (B, L).
 
-    Without packing, a row is one text, then end tokens (padded). Argmax would end texts early: with
-    P(end) = .4 and 100 words of .006, it is the end. So the length n comes first. Its probability
-    is about Q(n), the product of 1-p_i for i < n and p_i for i >= n, where p_i = P(end).
+    Without packing, a row is one text, then end tokens (padded). Argmax at each position would end
+    texts early: with P(end) = .4 and 100 words of .006, the end wins. So the length n comes first,
+    the one with the largest Q(n): the product of 1-p_i for i < n and p_i for i >= n, p_i = P(end).
     """
     text = probs.argmax(-1)
     if not model.config.packing:
         end = model.tokenizer.end
-        p = torch.where(known < 0, probs[..., end], (known == end).float())  # 0 or 1 where known
+        p = probs[..., end]
         # log Q(n) = sum of log p_i over all i - sum of log(p_i / (1-p_i)) over i < n
-        log_odds = torch.logit(p, eps=1e-6)
+        certain = 2e3 * (known == end) - 1e3  # a known token outweighs all that are not known
+        log_odds = torch.logit(p, eps=1e-6).where(known < 0, certain)
         sums = F.pad(log_odds.cumsum(1), (1, -1))  # sums[n]: over i < n; n < L, as each row ends
         length = sums.argmin(1, keepdim=True)
         no_end = torch.arange(model.V, device=p.device) != end
@@ -236,8 +238,8 @@ class Block(nn.Module):
         self.modulation = nn.Linear(config.cond_width, 6 * D)
 
     def attend(self, q, k, v):
-        """Attention: q, k, v (B, heads, L, D / heads) -> the same shape. The fused kernel cannot
-        cap the scores, as released checkpoints do. On a CPU, it is slower for short rows."""
+        """Attention: q, k, v (B, heads, L, D / heads) -> the same shape. Written out where the
+        fused kernel does not work (scores with a cap) or is slower (short rows on a CPU)."""
         if not self.cap and (q.is_cuda or q.shape[2] > 64):
             return F.scaled_dot_product_attention(q, k, v)
         scores = q @ k.mT / math.sqrt(q.shape[3])
@@ -270,7 +272,7 @@ class Transformer(nn.Module):
         self.config, self.V, self.bf16 = config, V, False
         self.clock = Clock(V)
         self.embedding = nn.Parameter(torch.empty(V, D).uniform_(-1, 1) / math.sqrt(D))
-        # learned positions, besides the rotary ones: only padded rows start where a text starts
+        # learned positions, too, in padded rows, where position i is the i-th token of a text
         self.position = None if config.packing else nn.Parameter(torch.zeros(L, D))
         self.time_s = TimeEmbedding(config.cond_width, config.time_scale)
         self.time_t = TimeEmbedding(config.cond_width, config.time_scale) if two_times else None
@@ -283,7 +285,7 @@ class Transformer(nn.Module):
         angles = torch.arange(L)[:, None] * frequencies  # rotary embedding
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
-        # each block starts as the identity, and all tokens start equally likely
+        # blocks add 0 at first, as their output layers are 0; all tokens start equally likely
         zero = [self.modulation, self.head]
         for block in self.blocks:
             zero += [block.modulation, block.out, block.mlp[2]]
@@ -298,7 +300,7 @@ class Transformer(nn.Module):
     def noise(self, B, generator=None):
         """[FLM] B states of noise, x0 W with x0 ~ N(0, I), (B, L, D). At each position, x0 W is
         normal with covariance W^T W, and so is z C^T with z ~ N(0, I) in R^D and C C^T = W^T W.
-        If V > D, that is drawn, as it is cheaper."""
+        If V > D, z C^T is drawn, as it is cheaper. Both have a gradient with respect to W."""
         W = self.embedding
         V, D = W.shape
         device = generator.device if generator else W.device
@@ -319,7 +321,7 @@ class Transformer(nn.Module):
         return F.embedding(tokens_or_probs, self.embedding)
 
     def forward(self, state, tau_s, tau_t=None):
-        """Logits (B, L, V), float32, of D_t, given states (B, L, D) at their time tau_s (B,).
+        """Logits (B, L, V), float32, of D_s, given states (B, L, D) at time tau_s = tau(s), (B,).
         With a second time tau_t (B,), for a flow map: of delta_{s,t}, see distill.py."""
         L = state.shape[1]
         cond = self.time_s(tau_s)
@@ -346,7 +348,7 @@ def setting(group, default, help, choices=None):
 
 of_network = partial(setting, "network")  # a map has those of its flow, but dropout 0
 of_training = partial(setting, "training")
-of_command = partial(setting, "command")  # not saved in checkpoints, and neither is "start"
+of_command = partial(setting, "command")  # not saved in checkpoints, nor is the group "start"
 
 @dataclass
 class Config:
@@ -360,7 +362,7 @@ class Config:
     width: int = of_network(768, "width of the network (D)")
     heads: int = of_network(12, "attention heads")
     cond_width: int = of_network(128, "width of the time embedding")
-    time_scale: float = of_network(1.0, "factor on tau; with 1, sinusoids of tau hardly vary")
+    time_scale: float = of_network(1.0, "factor on tau; the paper's 1 hardly varies the sinusoids")
     dropout: float = of_network(0.1, "dropout rate on the residual branches")
     condition_prob: float = of_network(0.0, "share of training rows with known tokens, for prompts")
     state_norm: bool = of_network(False, "normalise the states in the network")
@@ -465,16 +467,14 @@ class Muon(torch.optim.Optimizer):
                 update = p.grad.lerp(momentum, group["beta"])  # Nesterov
                 updates.append(update.view(group["stacked"], -1, p.shape[1]))
             updates = orthogonalise(torch.cat(updates))  # one batch is faster than many matrices
-            # with this factor, the RMS of the update is 0.2, about that of AdamW
+            # an orthogonal update has RMS 1 / sqrt(max(rows, columns)); scaled to 0.2, as AdamW
             scale = 0.2 * math.sqrt(max(updates.shape[1:]))
             for p, update in zip(group["params"], updates.split(group["stacked"])):
                 p.sub_(update.view(p.shape), alpha=scale * group["lr"])
 
 def orthogonalise(G):
-    """Moves all singular values of each G (n, rows, columns) towards 1, by Newton-Schulz steps.
-
-    After division by the norm, s becomes 3.4445 s - 4.7750 s^3 + 2.0315 s^5 five times (Jordan).
-    """
+    """Moves all singular values s of each G (n, rows, columns) towards 1: divides them by the norm
+    of G, then replaces s by 3.4445 s - 4.7750 s^3 + 2.0315 s^5 five times (Jordan)."""
     tall = G.shape[1] > G.shape[2]
     X = G.mT if tall else G
     X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -622,7 +622,7 @@ def train(model, loss, corpus, config, path, sample):
         lr = get_lr(step, config)
         for group in groups:
             group["lr"] = lr
-        # random numbers depend on seed, step and process only, so a resumed run draws the same
+        # random numbers depend on seed, step, process and `micro`: a resumed run draws the same
         torch.manual_seed((config.seed * 10**7 + step) * world() + rank())
         # loss and gradient: sums over micro-batches, then over processes
         mean = torch.zeros((), device=device)
@@ -636,7 +636,7 @@ def train(model, loss, corpus, config, path, sample):
             for x in [mean, *(w.grad for w in weights if w.requires_grad)]:
                 dist.all_reduce(x)
 
-        # update of the weights, then of their average, with a smaller decay at first
+        # update of the weights, then of their average, whose decay grows from .1 to config.ema
         norm = nn.utils.clip_grad_norm_(weights, 1.0)
         for optimizer in optimizers:
             optimizer.step()

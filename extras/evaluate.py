@@ -10,7 +10,7 @@ over temperatures, and perplexities are compared where two curves have the same 
 
 perplexity  of the samples, up to their first end token: per word under 4-grams of the training
             text (with a character tokenizer, 5-grams of characters), or per token under --judge
-diversity   entropy of the pooled bigrams of tokens of all samples in nats
+diversity   entropy of the pooled bigrams of tokens, without end tokens, of all samples in nats
 variation   total variation distance between these bigrams and those of other held-out texts.
             Both depend on the number of bigrams: all rows use the smallest number of any row
 length      tokens per sample, including its end token
@@ -154,10 +154,6 @@ def total_variation(p, q):
     items = p.keys() | q.keys()
     return sum(abs(p[item] - q[item]) for item in items) / 2
 
-def bigrams(texts):
-    """The bigrams of texts, in order."""
-    return [pair for text in texts for pair in pairwise(text)]
-
 class Text:
     """The text of a corpus, and measures of samples relative to it.
 
@@ -180,12 +176,15 @@ class Text:
         return [until_end(ids, self.end) if self.padded else ids for ids in texts]
 
     def items(self, texts):
-        """The characters or the words of texts, and their end token."""
+        """The characters or the words of texts. An end token or a line break is the word </s>."""
         if self.tokenizer.kind == "chars":
             return texts
-        words = [tuple(self.tokenizer.decode(ids).split()) for ids in texts]
-        ended = [ids[-1] == self.end for ids in texts]
-        return [(*w, "</s>") if end else w for w, end in zip(words, ended)]
+        lines = [self.tokenizer.decode(ids) + "\n" * (ids[-1] == self.end) for ids in texts]
+        return [tuple(line.replace("\n", " </s> ").split()) for line in lines]
+
+    def bigrams(self, texts):
+        """The bigrams of texts, in order, without end tokens: these would favour long texts."""
+        return [pair for text in texts for pair in pairwise(text) if self.end not in pair]
 
     def perplexity(self, judge, rows):
         """Perplexity under the judge of rows (n, L) up to their first end token."""
@@ -196,11 +195,11 @@ class Text:
         """The measures of samples (n, L) by name, with `count` bigrams (None: all)."""
         texts, n, train = self.texts(rows), len(rows), set(self.train)
         others = self.heldout[n:] or self.heldout  # not the ones that are measured
-        pairs = frequencies(bigrams(texts)[:count])
+        pairs = frequencies(self.bigrams(texts)[:count])
         return dict(
             perplexity=self.perplexity(judge, rows),
             diversity=entropy(pairs),
-            variation=total_variation(pairs, frequencies(bigrams(others))),
+            variation=total_variation(pairs, frequencies(self.bigrams(others))),
             length=mean(map(len, texts)),
             distinct=len(set(texts)) / n,
             training=mean(text in train for text in texts),
@@ -320,7 +319,7 @@ def sample_all(models, text, args):
 
 def measure_all(runs, judges):
     """The table of each run (text, samples, reverse), with as many bigrams in every row."""
-    count = min(len(bigrams(text.texts(rows)))
+    count = min(len(text.bigrams(text.texts(rows)))
                 for text, samples, _ in runs for rows in samples.values())
     tables = []
     for (text, samples, reverse), judge in zip(runs, judges):
@@ -381,7 +380,7 @@ def steps_of(points, value):
     if value > points[0][1]:
         return f"< {points[0][0]}"
     for (k0, y0), (k1, y1) in pairwise(points):
-        if y1 <= value <= y0:
+        if y1 <= value <= y0 and y1 < y0:
             return f"{k0 * (k1 / k0) ** (math.log(y0 / value) / math.log(y0 / y1)):.2g}"
     return f"> {points[-1][0]}"
 

@@ -23,9 +23,9 @@ END = dict(marker=".", markevery=[-1])  # a training of one step has one point a
 TRAINING = dict(color="0.6", linewidth=1, label="training loss, one batch")
 HELD_OUT = dict(color="black", linestyle="--", marker="o", markersize=4,
                 label="held-out loss, averaged weights")
-CURVES = {("flm", 64): "C0o-", ("fmlm", 1): "C1^:", ("fmlm", 4): "C2v:", ("mdlm", 4): "C3s--",
-          ("mdlm", 64): "C4D--", ("ar", "L"): "C5x-."}  # (model, steps)
-MEASURES = "perplexity", "variation", "reverse", "copied"
+CURVES = {("flm", 16): "C6o--", ("flm", 64): "C0o-", ("fmlm", 1): "C1^:", ("fmlm", 4): "C2v:",
+          ("mdlm", 4): "C3s--", ("mdlm", 16): "C7D:", ("mdlm", 64): "C4D--", ("ar", "L"): "C5x-."}
+MEASURES = "perplexity / mdlm 64", "variation", "reverse", "copied"
 
 def read_logs(folder):
     """The log of each trained model in a run folder, by name. Raises UserError."""
@@ -61,25 +61,26 @@ def columns(entries, key):
 def read_points(folder):
     """(seconds of training, measures at temperature 1) by model and steps. Raises UserError.
 
-    The perplexity is that at the diversity of the held-out text, or of a map at its own diversity.
+    The perplexity is divided by that of masked diffusion in 64 steps at the same diversity.
     """
     seconds = {name: log[-1]["seconds"] for name, log in read_logs(folder).items()}
-    seconds["fmlm"] = seconds["flm"] + seconds.get("fmlm", 0)  # a map needs its flow
+    seconds["fmlm"] = seconds.get("flm", 0) + seconds.get("fmlm", 0)  # a map needs its flow
     with readable(folder / "quality.json", "run extras.evaluate with this folder first"):
         tables = json.loads((folder / "quality.json").read_text())["tables"]
-    nats, (_, *samples), (text, *_), _ = tables.values()
+    nats, samples, equal, _ = tables.values()
+    ratios = {(row["model"], row["steps"]): row["perplexity"] / row["mdlm 64"]
+              for row in equal if row.get("mdlm 64")}
     points = {}
     for row in samples:
         if row["temperature"] == 1:
             name, steps = row["model"], row["steps"]
             copied = nats[0]["copied"] if name == "flm" else None
-            perplexity = text.get(f"{name} {steps}", row["perplexity"])
-            measures = row | dict(copied=copied, perplexity=perplexity)
+            measures = row | {"copied": copied, MEASURES[0]: ratios.get((name, steps))}
             points[name, "L" if name == "ar" else steps] = seconds[name], measures
     return points
 
 def draw_scaling(figure, folders):
-    """A panel for each measure, a curve for each model and its steps, a point for each folder."""
+    """A panel for each measure, a curve for each (model, steps), a point for each folder."""
     runs = [read_points(folder) for folder in folders]
     for axes, measure in zip(figure.subplots(2, 2).flat, MEASURES):
         for curve, style in CURVES.items():
@@ -88,7 +89,7 @@ def draw_scaling(figure, folders):
             if points:
                 axes.plot(*zip(*sorted(points)), style, label="{}, steps: {}".format(*curve))
         axes.set(xlabel="seconds of training", ylabel=measure, xlim=(0, None))
-    figure.legend(handles=figure.axes[0].lines, loc="outside upper center", ncols=6)
+    figure.legend(handles=figure.axes[1].lines, loc="outside upper center", ncols=4)
 
 def main(argv):
     parser = flm.Parser(description=__doc__.splitlines()[0])
@@ -100,8 +101,7 @@ def main(argv):
     # pyplot would load the backend that Jupyter exports to its child processes
     from matplotlib.figure import Figure
     logs = read_logs(first)
-    rows = 3 if others else len(logs)
-    figure = Figure(figsize=(10, 0.5 + 2.8 * rows), layout="constrained")
+    figure = Figure((10, 0.5 + 2.8 * (3 if others else len(logs))), layout="constrained")
     if others:
         draw_scaling(figure, args.run_dir)
     else:

@@ -121,15 +121,16 @@ def test_evaluation_has_a_row_per_model_steps_and_temperature(run_folder, monkey
 
 def test_measures_of_samples(run_folder):
     text = evaluate.load_run(Path("r"), CPU)[1]
-    text.end, text.heldout = 0, [(1, 2, 0)]  # bigrams 12 and 20
+    text.end, text.tokenizer.kind, text.heldout = 0, "ids", [(1, 2, 0)]  # bigram 12: 20 has an end
     rows = torch.tensor([[1, 2, 2, 0, 0]] * 2)
-    measured = text.measure(len, rows, count=6)  # bigrams 12, 22 and 20
+    measured = text.measure(len, rows, count=4)  # bigrams 12 and 22
     assert (measured["length"], measured["distinct"], measured["training"]) == (4, 0.5, 0)
-    assert abs(measured["variation"] - 1 / 3) < 1e-9 > abs(measured["diversity"] - math.log(3))
+    assert abs(measured["variation"] - 1 / 2) < 1e-9 > abs(measured["diversity"] - math.log(2))
     assert abs(measured["entropy"] - math.log(4) * 3 / 4) < 1e-9  # frequencies 1/4, 1/2, 1/4
-    assert abs(text.measure(len, rows, count=2)["diversity"] - math.log(2)) < 1e-9
+    assert abs(text.measure(len, rows, count=3)["diversity"] - math.log(3) + math.log(4) / 3) < 1e-9
     text.heldout = text.train[:5]
     assert text.reverse(text.train) < text.reverse([(1, 1, 0)] * 9)
+    assert text.items([(1, 0, 2, 0), (3,)]) == [("1", "</s>", "2", "</s>"), ("3",)]
 
 def test_curves_are_interpolated_and_never_extrapolated():
     """Perplexity 100 at diversity 7 and 25 at 6: 50 half-way. Variation falls from .8 to .2."""

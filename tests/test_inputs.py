@@ -63,7 +63,6 @@ def test_token_files_decode_to_the_documents_of_a_text(kind, packing):
     (flm, NEW, "--prompt a", "only with --sample; add it", ["--prompt a --sample --run-dir r"]),
     (flm, SAMPLE, "--prompt aaaaaaaaaaaaaa", "11 fit; shorten it", ["--prompt aaaaaaaaaaa"]),
     (flm, SAMPLE, "--prompt a?b", "remove it", ["--prompt a_b"]),
-    (distill, SAMPLE, "--prompt a --sample-steps 1", "--sample-steps 2 or more", ["--prompt a"]),
     (distill, MAP, "--resume --dataset other.txt", "pass that text", ["--resume"]),
     (baselines, SAMPLE, "--model ar --prompt a_a", "remove them", ["--model ar --prompt aa"]),
 ])
