@@ -1,7 +1,6 @@
 """Pictures of trainings.
 
     python -m extras.plot runs/sentences                 # writes runs/sentences/training.png
-    python -m extras.plot runs/sentences --out loss.pdf
     python -m extras.plot runs/x1 runs/x4 runs/x16       # writes runs/x1/scaling.png
 
 One folder: for each of its models, training loss and held-out loss against steps, and the held-out
@@ -101,7 +100,8 @@ def main(argv):
     # pyplot would load the backend that Jupyter exports to its child processes
     from matplotlib.figure import Figure
     logs = read_logs(first)
-    figure = Figure((10, 0.5 + 2.8 * (3 if others else len(logs))), layout="constrained")
+    rows = 3 if others else len(logs)
+    figure = Figure(figsize=(10, 0.5 + 2.8 * rows), layout="constrained")
     if others:
         draw_scaling(figure, args.run_dir)
     else:
