@@ -193,7 +193,8 @@ class Text:
 
     def measure(self, judge, rows, count=None):
         """The measures of samples (n, L) by name, with `count` bigrams (None: all)."""
-        texts, n, train = self.texts(rows), len(rows), set(self.train)
+        texts, train = self.texts(rows), set(self.train)
+        n = len(texts)
         others = self.heldout[n:] or self.heldout  # not the ones that are measured
         pairs = frequencies(self.bigrams(texts)[:count])
         return dict(
