@@ -2,7 +2,6 @@
 
     python -m extras.evaluate runs/sentences                 # writes quality.json and quality.png
     python -m extras.evaluate runs/a runs/b runs/c           # mean and deviation, files in runs/a
-    python -m extras.evaluate --reverse                      # with the reverse perplexity
     python -m extras.evaluate runs/lm1b --judge gpt2-large   # perplexity under a language model
 
 A lower temperature lowers both the perplexity and the diversity of texts. So each model has a curve
@@ -16,7 +15,7 @@ variation   total variation distance between these bigrams and those of other he
 length      tokens per sample, including its end token
 distinct    share of different samples; training: share of samples in the training text
 entropy     of the tokens within a sample, as in papers. It does not show that samples are alike
-reverse     perplexity of held-out text under 4-grams of 4,000 samples: high if these are alike
+reverse     with --reverse: perplexity of held-out text under 4-grams of 4,000 samples
 """
 
 import argparse
@@ -274,7 +273,7 @@ def parse(argv):
     add("--judge", default="words", help="words, or a causal language model of transformers")
     add("--reverse", action="store_true", help=f"also sample {FOR_REVERSE} texts of each model")
     add("--num-samples", type=int, default=500, help="texts per row of the table")
-    add("--seed", type=int, default=0, help="seed of the samples")
+    add("--seed", type=int, default=0, help="seed of the samples; + 100 per run")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     args = parser.parse_args(argv)
     if args.num_samples < 1:
@@ -299,7 +298,7 @@ def load_run(folder, device):
             raise UserError(f"{folder}/{kind}.pt: of another text or --seq-len; train it again")
     return models, Text(corpus)
 
-def sample_all(models, text, args):
+def sample_all(models, text, args, seed):
     """Samples of each model by (name, steps, temperature), and reverse perplexities by the same."""
     from tqdm import tqdm
     cells = []
@@ -312,9 +311,9 @@ def sample_all(models, text, args):
         reverse[held_out] = text.reverse(text.train[:FOR_REVERSE])
     for name, k, temperature in tqdm(cells, unit="cell", disable=None):
         sample = partial(SAMPLERS[name], models[name])
-        samples[name, k, temperature] = sample(args.num_samples, k, args.seed, temperature)
+        samples[name, k, temperature] = sample(args.num_samples, k, seed, temperature)
         if args.reverse and temperature == 1 and (name == "ar" or k <= 16):
-            rows = sample(FOR_REVERSE, k, args.seed + 1)
+            rows = sample(FOR_REVERSE, k, seed + 1)
             reverse[name, k, temperature] = text.reverse(text.texts(rows))
     return samples, reverse
 
@@ -446,7 +445,7 @@ def plot(rows, path):
     figure.savefig(part, dpi=150)
     part.replace(path)
 
-def evaluate_run(folder, args, device):
+def evaluate_run(folder, args, device, seed):
     """(text, samples, reverse) of a run, and its table of likelihoods."""
     models, text = load_run(folder, device)
     nats = []
@@ -454,12 +453,13 @@ def evaluate_run(folder, args, device):
         row = dict(model=kind, nats=likelihood(models[kind], kind, text, args.num_samples))
         row["copied"] = copied(models[kind], text) if kind == "flm" else None
         nats.append(row)
-    return (text, *sample_all(models, text, args)), nats
+    return (text, *sample_all(models, text, args, seed)), nats
 
 def main(argv):
     args = parse(argv)
     device, out = flm.setup(args), Path(args.runs[0])
-    runs, nats = zip(*(evaluate_run(Path(folder), args, device) for folder in args.runs))
+    runs, nats = zip(*(evaluate_run(Path(folder), args, device, args.seed + 100 * i)
+                       for i, folder in enumerate(args.runs)))
     if len({tuple(samples) for _, samples, _ in runs}) > 1:
         raise UserError(f"{' '.join(args.runs)}: contain different models; pass one folder")
     judges = [ngram_judge(text) if args.judge == "words" else model_judge(args.judge, text, device)

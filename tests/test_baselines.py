@@ -114,7 +114,7 @@ def test_evaluation_has_a_row_per_model_steps_and_temperature(run_folder, monkey
     nats, samples, equal, as_good = tables
     assert len(samples) == 1 + 5 * (2 + 6 + 1) + 3 and len(equal) == 1 + 2 + 6 + 1 + 3
     assert [row["model"] for row in nats] == ["flm", "ar", "mdlm"]
-    assert all(row["perplexity_sd"] == 0 for row in samples)  # twice the same run
+    assert samples[0]["perplexity_sd"] == 0 < samples[1]["perplexity_sd"]  # other random numbers
     assert sum(row["reverse"] is not None for row in samples) == 1 + 1 + 5 + 1 + 3
     assert len(as_good) == 5 and as_good[0].keys() == {
         "model", "steps", "perplexity", "variation", "reverse"}
