@@ -434,13 +434,13 @@ def plot(rows, path):
                 axes.errorbar([row[x] for row in points], [row[y] for row in points],
                               [row.get(f"{y}_sd", 0) for row in points], fmt=style, capsize=2,
                               label=label)
-    left.plot(heldout["diversity"], heldout["perplexity"], "k*", label="held-out text")
+    left.plot(heldout["diversity"], heldout["perplexity"], "k*")
     right.axhline(heldout["variation"], color="black", lw=0.8)
-    left.set(yscale="log", xlabel="diversity: entropy of pooled bigrams (nats)",
-             ylabel="perplexity of the samples", title="a point per temperature (map: per steps)")
+    left.set(yscale="log", xlabel="diversity: entropy of pooled bigrams (nats)", ylabel="perplexity",
+             title="points: temperatures (map: steps); star: held-out text")
     right.set(xscale="log", xlabel="network evaluations per text",
               ylabel="total variation of bigrams", title="temperature 1; line: held-out text")
-    left.legend()
+    right.legend()
     part = path.with_suffix(".part.png")
     figure.savefig(part, dpi=150)
     part.replace(path)
