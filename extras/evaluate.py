@@ -436,7 +436,7 @@ def plot(rows, path):
                               label=label)
     left.plot(heldout["diversity"], heldout["perplexity"], "k*")
     right.axhline(heldout["variation"], color="black", lw=0.8)
-    left.set(yscale="log", xlabel="diversity: entropy of pooled bigrams (nats)", ylabel="perplexity",
+    left.set(yscale="log", xlabel="diversity: entropy of bigrams (nats)", ylabel="perplexity",
              title="points: temperatures (map: steps); star: held-out text")
     right.set(xscale="log", xlabel="network evaluations per text",
               ylabel="total variation of bigrams", title="temperature 1; line: held-out text")
