@@ -62,11 +62,11 @@ def printable(text):
 # ------------------------------------------------------------------------------------- corpora
 @dataclass
 class Source:
-    """A corpus before tokenisation. Each call of read() yields the same pairs (split, texts): some
-    documents; split is "train", "heldout", or None if the corpus has no split of its own."""
+    """A corpus before tokenisation. Each call of read() yields the same pairs (split, texts). texts
+    are some documents; split is "train", "heldout", or None if the corpus has no split."""
 
     name: str
-    checksum: str  # of the text; for a local lm1b or owt, of names and sizes of files
+    checksum: str  # of the text; of file names and sizes for a local lm1b or owt
     read: Callable
     ends: bool = False  # hold out the end of each document
 

@@ -17,8 +17,8 @@ places where this file differs from a GPT:
     - Training and sampling are uniform in tau(t) instead of t. tau is the share of positions at
       which argmax x_t is the clean token, rescaled so that a random guess gives 0.
 Derivations, on a small example: notebooks/00_from_scratch.ipynb.
-The network reads x_t only through its embedding W (V, D). So the code stores x_t W, the `state`,
-which obeys the same formulas, times W; D_t is then E[x1 | x_t W]. Only tau is that of x_t in R^V.
+The network reads x_t only through its embedding W (V, D). So the code stores the `state` x_t W. Its
+line and its velocity are those of x_t, times W. D_t is E[x1 | x_t W]. tau is that of x_t in R^V.
 Shapes: B rows of a batch, L tokens of a row, V tokens of the vocabulary, D the network's width.
 """
 
@@ -91,7 +91,7 @@ def interpolate(x, x_nodes, y_nodes):
     return y_nodes[left] + weight * (y_nodes[right] - y_nodes[left])
 
 # ------------------------------------------------------------------------------------- 2. Loss
-AT_NOISE = 1 / 64  # share of the rows with tau = 0: hardly any other has t < .4, as t(.002) = .4
+AT_NOISE = 1 / 64  # share of the rows with tau = 0. Few others have t < .4: t(.002) = .4 (V = 4096)
 
 def flow_loss(model, tokens):
     """[FLM] The training loss: tokens (B, L) -> cross-entropy of the clean tokens, at a random time
@@ -104,7 +104,7 @@ def flow_loss(model, tokens):
     state = (1 - t) * x0 + t * x1  # x_t W
     state = insert_known(model, state, draw_known(model, tokens))  # only for prompts
     logits = model(state, tau)  # (B, L, V)
-    return cross_entropy(logits, tokens).mean(1), tau  # known tokens count, with about 0
+    return cross_entropy(logits, tokens).mean(1), tau  # known tokens count, with a loss of about 0
 
 def uniform_times(B, device):
     """tau (B,) ~ U(0, 1), stratified for less variance: row i has tau in [i/B, (i+1)/B]."""
@@ -148,7 +148,7 @@ def euler(denoiser, state, clock, steps, clean):
         state = state + (t_next - t) * velocity
 
 def denoise(model, known, temperature, state, tau_s, tau_t=None):
-    """Probs (B, L, V): D_s, or delta_{s,t} of a map (distill.py). Known tokens: clean states."""
+    """Probs (B, L, V) of states (B, L, D): D_s, or delta_{s,t} of a map. Known tokens are clean."""
     state = insert_known(model, state, known)
     logits = model(state, tau_s, tau_t)
     return (logits / temperature).softmax(-1)
@@ -272,7 +272,7 @@ class Transformer(nn.Module):
         self.config, self.V, self.bf16 = config, V, False
         self.clock = Clock(V)
         self.embedding = nn.Parameter(torch.empty(V, D).uniform_(-1, 1) / math.sqrt(D))
-        # learned positions, too, in padded rows, where position i is the i-th token of a text
+        # learned positions besides the rotary ones, if padded: position i is the i-th of a text
         self.position = None if config.packing else nn.Parameter(torch.zeros(L, D))
         self.time_s = TimeEmbedding(config.cond_width, config.time_scale)
         self.time_t = TimeEmbedding(config.cond_width, config.time_scale) if two_times else None

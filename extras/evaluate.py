@@ -428,16 +428,15 @@ def plot(rows, path):
         if mine:
             steps = max(row["steps"] for row in mine)
             most = [row for row in mine if row["steps"] == steps or name == "fmlm"]
-            label = "map: 1, 2, 4 steps" if name == "fmlm" else f"{NAMES[name]}, {steps} steps"
             for axes, x, y, points in ((left, "diversity", "perplexity", most),
                                        (right, "steps", "variation", plain(mine))):
                 axes.errorbar([row[x] for row in points], [row[y] for row in points],
                               [row.get(f"{y}_sd", 0) for row in points], fmt=style, capsize=2,
-                              label=label)
+                              label=NAMES[name])
     left.plot(heldout["diversity"], heldout["perplexity"], "k*")
     right.axhline(heldout["variation"], color="black", lw=0.8)
     left.set(yscale="log", xlabel="diversity: entropy of bigrams (nats)", ylabel="perplexity",
-             title="points: temperatures (map: steps); star: held-out text")
+             title="most steps, T = .7 to 1.1 (map: all steps); star: held-out text")
     right.set(xscale="log", xlabel="network evaluations per text",
               ylabel="total variation of bigrams", title="temperature 1; line: held-out text")
     right.legend()
