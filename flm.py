@@ -670,7 +670,7 @@ def resume(path, model, average, optimizers, corpus):
     """Loads an interrupted run; returns its step and log. Raises UserError."""
     content = load_checkpoint(path)
     if "model" not in content:  # as in pretrained
-        raise UserError(f"{path}: has averaged weights only; use --init-from, or another --run-dir")
+        raise UserError(f"{path}: no optimizer state; use a new --run-dir (flows: or --init-from)")
     text = corpus.meta["source"], corpus.tokenizer.content
     if (content["source"], content["tokenizer"]) != text:
         raise UserError(f"{path}: of another text; pass that text as --dataset, or --overwrite")
