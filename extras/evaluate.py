@@ -273,7 +273,7 @@ def parse(argv):
     add("--judge", default="words", help="words, or a causal language model of transformers")
     add("--reverse", action="store_true", help=f"also sample {FOR_REVERSE} texts of each model")
     add("--num-samples", type=int, default=500, help="texts per row of the table")
-    add("--seed", type=int, default=0, help="seed of the samples; + 100 per run")
+    add("--seed", type=int, default=0, help="seed of the first run; + 100 for each other")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     args = parser.parse_args(argv)
     if args.num_samples < 1:

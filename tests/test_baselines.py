@@ -137,8 +137,8 @@ def test_curves_are_interpolated_and_never_extrapolated():
     curve = [dict(diversity=7.0, perplexity=100.0), dict(diversity=6.0, perplexity=25.0)]
     assert abs(evaluate.at_diversity(curve, 6.5, "perplexity") - 50) < 1e-9
     assert evaluate.at_diversity(curve, 7.01, "perplexity") is None
-    y = {1: 0.8, 2: 0.8, 8: 0.2, 16: None}  # by steps
-    assert [evaluate.steps_of(y, x) for x in (0.9, 0.8, 0.4, 0.1, 0)] == "< 1,2,4,> 8,".split(",")
+    for value, steps in ((0.9, "< 1"), (0.8, "2"), (0.4, "4"), (0.1, "> 8"), (0, "")):
+        assert evaluate.steps_of({1: 0.8, 2: 0.8, 8: 0.2, 16: None}, value) == steps
 
 def test_a_judge_of_transformers_gives_the_perplexity_of_its_loss(run_folder, capsys):
     """Two layers with random weights, on texts of 2 to 39 tokens, of which it reads 16."""
