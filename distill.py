@@ -13,7 +13,7 @@ result y_t is the flow map,
 This is an Euler step with delta_{s,t}, the mean denoiser, in place of D_s: the mean of D_r(y_r)
 over s <= r <= t with weights 1/(1-r)^2, as d/dr (y_r/(1-r)) = D_r(y_r)/(1-r)^2 (integrate it; more
 in notebooks/00_from_scratch.ipynb). So delta_{s,t} is a distribution over tokens per position, too.
-delta_{t,t} = D_t, and delta_{s,1}(x) = X_{s,1}(x) is the text. Paper: arXiv 2602.16813, v2.
+In the limits, delta_{t,t} = D_t and delta_{s,1} = X_{s,1}, one-hot. Paper: arXiv 2602.16813, v2.
 """
 
 from dataclasses import dataclass, fields
@@ -43,14 +43,15 @@ def few_steps(delta, state, clock, steps, clean, draw_noise=None, renoise=0.0):
 
     delta(state, tau_s (B,), tau_t (B,)) -> probs. renoise = g > 0: the map leads beyond t_next = t'
     to `later`, where (t' / later) x_later = t' x1 + k (1-t') x0 with k = keep = sqrt(1-g^2). Fresh
-    noise of size g (1-t') makes this a sample of x_t', as k^2 + g^2 = 1, if the map is exact.
+    noise of size g (1-t') makes this a sample of x_t', as k^2 + g^2 = 1, if the map is exact (it
+    is not trained for times between LATEST and 1).
     """
     B = len(state)
     taus = torch.linspace(0, 1, steps + 1, device=state.device)
     keep = (1 - renoise**2) ** 0.5
     for tau, tau_next in zip(taus, taus[1:]):
         t, t_next = clock.t(tau), clock.t(tau_next)
-        later = t_next / (t_next + keep * (1 - t_next))
+        later = t_next / (t_next + keep * (1 - t_next))  # t_next, if renoise = 0
         tau_later = clock.tau(later)
         probs = delta(state, tau.expand(B), tau_later.expand(B))
         yield tau, state, probs
@@ -82,7 +83,7 @@ def sample(model, n, steps, seed, temperature=1.0, known=None, renoise=0.0):
     return torch.cat(texts)
 
 # ------------------------------------------------------------------------------------- 2. Loss
-LATEST = 63 / 64  # a journey (a pair s < t) ends at tau_t <= LATEST or at 1; no other is trained
+LATEST = 63 / 64  # a journey (a pair s < t) ends at tau_t <= LATEST or at 1; 64: a fine sampler
 ENDS = 1 / 4  # share of the journeys that lead to the data
 
 def semigroup(delta, model, state, tau_s, tau_t):
@@ -93,7 +94,7 @@ def semigroup(delta, model, state, tau_s, tau_t):
     1/(1-r)^2 over s..u divided by that over s..t, (1-t)(u-s) / ((1-u)(t-s)). u: half-way in tau.
 
     For t = 1, w = 0: this says only that delta_{s,1} is constant along a solution, not what it is.
-    So there, u is LATEST, and delta_{u,u} = D_u replaces delta_{u,1}: an Euler step to the data.
+    There, tau_u is LATEST, and delta_{u,u} = D_u replaces delta_{u,1}: an Euler step to the data.
     """
     to_data = tau_t == 1
     tau_u = torch.where(to_data, LATEST, (tau_s + tau_t) / 2)

@@ -18,8 +18,8 @@ places where this file differs from a GPT:
       which argmax x_t is the clean token, rescaled so that a random guess gives 0.
 Derivations, on a small example: notebooks/00_from_scratch.ipynb.
 The network reads x_t only through its embedding W (V, D). So the code stores the `state` x_t W. Its
-line and its velocity are those of x_t, times W. D_t is E[x1 | x_t W]. tau is that of x_t in R^V.
-Shapes: B rows of a batch, L tokens of a row, V tokens of the vocabulary, D the network's width.
+line and velocity are those of x_t, times W, and D_t is E[x1 | x_t W]. tau is that of x_t in R^V.
+Shapes: B rows of a batch, L tokens of a row, V tokens of the vocabulary, D (no index) the width.
 """
 
 import argparse
@@ -47,10 +47,10 @@ from data import UserError
 def decodability(t, V):
     """tau(t) = (V P - 1)/(V - 1), where P is the probability that argmax x_t is the clean token.
 
-    P = E[Phi(z + m)^(V-1)] with z ~ N(0, 1), m = t/(1-t) and the normal distribution function Phi:
+    P = E[Phi(z + m)^(V-1)] with z ~ N(0, 1), m = t/(1-t), Phi the distribution function of N(0, 1):
     see "The clock" in notebooks/00_from_scratch.ipynb. t: float64, any shape, in [0, 1).
     """
-    z = torch.linspace(-12, 12, 401, dtype=torch.float64)  # on this grid, P has an error of 1e-14
+    z = torch.linspace(-12, 12, 401, dtype=torch.float64)  # fine enough: P is right to 1e-14
     m = t / (1 - t)
     log_power = (V - 1) * torch.special.log_ndtr(z + m[..., None])  # log of Phi^(V-1)
     log_density = -(z**2) / 2 - math.log(2 * math.pi) / 2
@@ -58,7 +58,7 @@ def decodability(t, V):
     return (V * P - 1) / (V - 1)
 
 class Clock(nn.Module):
-    """[FLM] Time re-parameterisation: t as a function of tau in [0, 1].
+    """[FLM] Time re-parameterisation: t as a function of tau in [0, 1], and its inverse.
 
     With uniform t, most steps would be spent where argmax x_t is still random or already right.
     With uniform tau, argmax x_t becomes right in about the same share of positions in each step.
@@ -68,7 +68,7 @@ class Clock(nn.Module):
         super().__init__()
         t = torch.arange(size, dtype=torch.float64) / size
         tau = decodability(t, V)
-        tau[0] = 0  # instead of 1e-17
+        tau[0] = 0  # exactly, without rounding
         below_one = tau.float() < 1  # the node (1, 1) replaces all whose tau rounds to 1 in float32
         for name, values in (("t_nodes", t), ("tau_nodes", tau)):
             nodes = torch.cat([values[below_one], torch.ones(1)]).float()
@@ -97,12 +97,12 @@ def flow_loss(model, tokens):
     """[FLM] The training loss: tokens (B, L) -> cross-entropy of the clean tokens, at a random time
     for each row, in nats per token (B,), and the times tau (B,), for estimate_loss."""
     tau = uniform_times(len(tokens), tokens.device)
-    tau = ((tau - AT_NOISE) / (1 - AT_NOISE)).clamp(min=0)
+    tau = ((tau - AT_NOISE) / (1 - AT_NOISE)).clamp(min=0)  # 0 with probability AT_NOISE
     t = model.clock.t(tau)[:, None, None]  # (B, 1, 1)
     x0 = model.noise(len(tokens))  # x0 W, (B, L, D)
     x1 = model.clean(tokens)  # x1 W
     state = (1 - t) * x0 + t * x1  # x_t W
-    state = insert_known(model, state, draw_known(model, tokens))  # only for prompts
+    state = insert_known(model, state, draw_known(model, tokens))  # some, for prompts
     logits = model(state, tau)  # (B, L, V)
     return cross_entropy(logits, tokens).mean(1), tau  # known tokens count, with a loss of about 0
 
@@ -178,28 +178,28 @@ def batches(model, n, known=None):
     return known.split(forward_rows(model))
 
 def forward_rows(model):
-    """Rows of a forward pass: at most 256, with at most 2^28 logits, which are 1 GiB."""
-    return max(2, min(256, 2**28 // (model.config.seq_len * model.V)))  # 2: a map halves a batch
+    """Rows of a forward pass: 2 to 256, as many as have 2^28 logits, which are 1 GiB."""
+    return max(2, min(256, 2**28 // (model.config.seq_len * model.V)))  # a map halves them
 
 def most_probable(model, probs, known):
     """The text (B, L) of probs (B, L, V): the most probable length, then tokens. known (B, L).
 
     Without packing, a row is one text, then end tokens (padded). Argmax at each position would end
     texts early: with P(end) = .4 and 100 words of .006, the end wins. So the length n comes first,
-    the one with the largest Q(n): the product of 1-p_i for i < n and p_i for i >= n, p_i = P(end).
+    with the largest product Q(n) of 1-p_i for i < n and p_i for i >= n, where p_i = P(end) at i.
     """
     text = probs.argmax(-1)
     if not model.config.packing:
         end = model.tokenizer.end
-        p = probs[..., end]
+        p, L = probs[..., end], probs.shape[1]
         # log Q(n) = sum of log p_i over all i - sum of log(p_i / (1-p_i)) over i < n
-        certain = 2e3 * (known == end) - 1e3  # a known token outweighs all that are not known
+        certain = 14 * L * (2.0 * (known == end) - 1)  # outweighs L unknown ones of at most 13.8
         log_odds = torch.logit(p, eps=1e-6).where(known < 0, certain)
-        sums = F.pad(log_odds.cumsum(1), (1, -1))  # sums[n]: over i < n; n < L, as each row ends
+        sums = F.pad(log_odds.cumsum(1), (1, -1))  # sums[n]: i < n; n < L, as each row has an end
         length = sums.argmin(1, keepdim=True)
         no_end = torch.arange(model.V, device=p.device) != end
         words = (probs * no_end).argmax(-1)
-        position = torch.arange(p.shape[1], device=p.device)
+        position = torch.arange(L, device=p.device)
         text = torch.where(position < length, words, end)
     return torch.where(known < 0, text, known)
 
@@ -352,7 +352,7 @@ of_command = partial(setting, "command")  # not saved in checkpoints, nor is the
 
 @dataclass
 class Config:
-    """All settings. The defaults are the paper's for lm1b; PRESETS adapt them to other corpora."""
+    """All settings. Network and training: by default the paper's for lm1b; PRESETS adapt them."""
 
     tokenizer: str = of_network("bert-base-uncased", "kind of tokens", data.TOKENIZERS)
     vocab_size: int = of_network(4096, "largest size of a bpe vocabulary (V)")
@@ -473,8 +473,8 @@ class Muon(torch.optim.Optimizer):
                 p.sub_(update.view(p.shape), alpha=scale * group["lr"])
 
 def orthogonalise(G):
-    """Moves all singular values s of each G (n, rows, columns) towards 1: divides them by the norm
-    of G, then replaces s by 3.4445 s - 4.7750 s^3 + 2.0315 s^5 five times (Jordan)."""
+    """Moves the singular values s of each G (n, rows, columns) to .7 to 1.2: divides by the norm of
+    G, then replaces s by 3.4445 s - 4.7750 s^3 + 2.0315 s^5 five times (Jordan)."""
     tall = G.shape[1] > G.shape[2]
     X = G.mT if tall else G
     X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -622,7 +622,7 @@ def train(model, loss, corpus, config, path, sample):
         lr = get_lr(step, config)
         for group in groups:
             group["lr"] = lr
-        # random numbers depend on seed, step, process and `micro`: a resumed run draws the same
+        # a resumed run draws the same random numbers, if processes and `micro` are the same
         torch.manual_seed((config.seed * 10**7 + step) * world() + rank())
         # loss and gradient: sums over micro-batches, then over processes
         mean = torch.zeros((), device=device)
@@ -789,7 +789,7 @@ def main(argv):
     model = build(config, corpus.tokenizer, device, config.bf16)
     if start:
         model.load_state_dict(start["average"])
-    if rank() == 0 and not config.resume:
+    if rank() == 0 and config.overwrite and not config.resume:
         (folder / "fmlm.pt").unlink(missing_ok=True)  # the map of the flow that is replaced
     model = train(model, flow_loss, corpus, config, path, sample)
     for steps in (1, 4, 16, 64):

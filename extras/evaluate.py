@@ -256,7 +256,7 @@ def likelihood(model, kind, text, n):
 
 @torch.no_grad()
 def copied(model, text):
-    """Share of held-out tokens that a flow restores at m = t/(1-t) = 100, from 1 % of noise."""
+    """Share of held-out tokens that a flow restores at m = t/(1-t) = 100."""
     tokens = text.rows[: flm.forward_rows(model)].to(model.embedding.device)
     t = torch.tensor(100 / 101, device=tokens.device)
     state = (1 - t) * model.noise(len(tokens)) + t * model.clean(tokens)
