@@ -13,7 +13,7 @@ result y_t is the flow map,
 This is an Euler step with delta_{s,t}, the mean denoiser, in place of D_s: the mean of D_r(y_r)
 over s <= r <= t with weights 1/(1-r)^2, as d/dr (y_r/(1-r)) = D_r(y_r)/(1-r)^2 (integrate it; more
 in notebooks/00_from_scratch.ipynb). So delta_{s,t} is a distribution over tokens per position, too.
-In the limits, delta_{t,t} = D_t and delta_{s,1} = X_{s,1}, one-hot. Paper: arXiv 2602.16813, v2.
+In the limits, delta_{t,t} = D_t and delta_{s,1} = X_{s,1}, the text. Paper: arXiv 2602.16813, v2.
 """
 
 from dataclasses import dataclass, fields
@@ -83,7 +83,7 @@ def sample(model, n, steps, seed, temperature=1.0, known=None, renoise=0.0):
     return torch.cat(texts)
 
 # ------------------------------------------------------------------------------------- 2. Loss
-LATEST = 63 / 64  # a journey (a pair s < t) ends at tau_t <= LATEST or at 1; 64: a fine sampler
+LATEST = 63 / 64  # last time of 64 steps. A journey (a pair s < t) ends at tau_t <= LATEST or at 1
 ENDS = 1 / 4  # share of the journeys that lead to the data
 
 def semigroup(delta, model, state, tau_s, tau_t):

@@ -102,7 +102,7 @@ def flow_loss(model, tokens):
     x0 = model.noise(len(tokens))  # x0 W, (B, L, D)
     x1 = model.clean(tokens)  # x1 W
     state = (1 - t) * x0 + t * x1  # x_t W
-    state = insert_known(model, state, draw_known(model, tokens))  # some, for prompts
+    state = insert_known(model, state, draw_known(model, tokens))  # some are given, as in prompts
     logits = model(state, tau)  # (B, L, V)
     return cross_entropy(logits, tokens).mean(1), tau  # known tokens count, with a loss of about 0
 
@@ -178,15 +178,15 @@ def batches(model, n, known=None):
     return known.split(forward_rows(model))
 
 def forward_rows(model):
-    """Rows of a forward pass: 2 to 256, as many as have 2^28 logits, which are 1 GiB."""
-    return max(2, min(256, 2**28 // (model.config.seq_len * model.V)))  # a map halves them
+    """Rows of a forward pass: 2 to 256, as many as have at most 2^28 logits, which are 1 GiB."""
+    return max(2, min(256, 2**28 // (model.config.seq_len * model.V)))  # 2: a map halves them
 
 def most_probable(model, probs, known):
     """The text (B, L) of probs (B, L, V): the most probable length, then tokens. known (B, L).
 
     Without packing, a row is one text, then end tokens (padded). Argmax at each position would end
     texts early: with P(end) = .4 and 100 words of .006, the end wins. So the length n comes first,
-    with the largest product Q(n) of 1-p_i for i < n and p_i for i >= n, where p_i = P(end) at i.
+    the one with the largest product Q(n) of 1-p_i for i < n and p_i for i >= n; p_i = P(end) at i.
     """
     text = probs.argmax(-1)
     if not model.config.packing:
@@ -473,8 +473,8 @@ class Muon(torch.optim.Optimizer):
                 p.sub_(update.view(p.shape), alpha=scale * group["lr"])
 
 def orthogonalise(G):
-    """Moves the singular values s of each G (n, rows, columns) to .7 to 1.2: divides by the norm of
-    G, then replaces s by 3.4445 s - 4.7750 s^3 + 2.0315 s^5 five times (Jordan)."""
+    """Brings the singular values s of each G (n, rows, columns) near 1 (.7 to 1.2): divides by the
+    norm of G, then replaces s by 3.4445 s - 4.7750 s^3 + 2.0315 s^5 five times (Jordan)."""
     tall = G.shape[1] > G.shape[2]
     X = G.mT if tall else G
     X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)

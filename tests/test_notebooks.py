@@ -11,7 +11,7 @@ assert len(NOTEBOOKS) == 5
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_in_an_empty_folder(path, tmp_path, monkeypatch):
-    """It trains its own models, because the folder contains no run."""
+    """It uses the pretrained models or trains its own: the folder contains no run."""
     monkeypatch.setenv("PYTHONPATH", str(HERE))
     monkeypatch.setenv("TEXTS", "60")  # fewer samples in notebook 04
     work = tmp_path / "notebooks"
