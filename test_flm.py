@@ -642,10 +642,10 @@ def test_the_contract_of_a_run(folder, capsys):
         assert len(lines) == 4 and all(re.fullmatch("a(..a)?.?", line) for line in lines)
 
 def test_the_map_in_pretrained_agrees_with_its_flow():
-    """Its 4 steps repeat .59 of the flow's tokens (512 texts); standard error of 128: .020."""
+    """Its 4 steps repeat .64 of the flow's tokens (512 texts); standard error of 128: .022."""
     flow, fmlm = [flm.load(HERE / "pretrained/sentences" / f"{kind}.pt") for kind in flm.NETWORKS]
     slow, fast = flm.sample(flow, 128, 64, 0), distill.sample(fmlm, 128, 4, 0)
-    assert (slow == fast)[slow != flow.tokenizer.end].float().mean() > 0.59 - 4 * 0.020
+    assert (slow == fast)[slow != flow.tokenizer.end].float().mean() > 0.64 - 4 * 0.022
 
 def test_a_map_from_text_alone_and_overwriting(folder):
     """Overwriting removes the flow, its maps and nothing else."""
